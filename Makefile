@@ -1,0 +1,44 @@
+# make train | test | env | lint | clean
+#   STACK=xeon (default: torch 2.8 + IPEX, in .venv) or native (torch 2.13, in .venv-native)
+#   TORCH_INDEX_URL=<PyTorch's own CPU index>   optional: a much smaller download
+STACK ?= xeon
+VENV := $(if $(filter native,$(STACK)),.venv-native,.venv)
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+PINS := requirements/common.txt requirements/$(STACK).txt
+# Everything an environment is made from; its checksum is in the stamp's name, so a change makes a new environment.
+MADE_FROM := $(PINS) setup.cfg pyproject.toml
+STAMP := $(VENV)/.made-$(shell { cat $(MADE_FROM); echo "$(TORCH_INDEX_URL)"; } | cksum | cut -d' ' -f1)
+# PyPI's torch is pinned with ===; PyTorch's own index carries the same version with a local label, which only == matches.
+INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
+PLATES ?= plates/demo
+TESTS ?= tests
+
+.PHONY: env train test lint clean
+env: $(STAMP)
+
+$(STAMP):
+	@test -f requirements/$(STACK).txt || { echo "STACK must be xeon or native. Got $(STACK) instead."; exit 2; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 must be on PATH. Found neither; name one with PYTHON=…"; exit 2; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	cat $(PINS) | grep -v '^-r' | sed 's/===/$(if $(TORCH_INDEX_URL),==,===)/' > $(VENV)/requirements.txt
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -q $(INDEX) -r $(VENV)/requirements.txt
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
+	touch $@
+
+train: env
+	$(VENV)/bin/hcsdl simulate simulate.preset=demo plates.root=$(PLATES)
+	$(VENV)/bin/hcsdl train experiment=demo plates.root=$(PLATES)
+
+test: env
+	$(VENV)/bin/python -m pytest -n 2 $(if $(filter native,$(STACK)),-m "not xeon_only") $(TESTS)
+
+lint: env
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
+
+clean:
+	rm -rf .venv .venv-native build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,86 @@
+"""The command line: `hcsdl <command> [<subcommand>] [key=value …] [-m] [--help] [--cfg job]`.
+
+In: words. Out: an exit code. Composes and validates the whole configuration before anything heavy is imported; whatever is wrong with it is
+one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from hcsdl.commands.compose import compose_command, to_yaml
+from hcsdl.commands.help import command_help, overview
+from hcsdl.config import COMMANDS, ConfigError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; return its exit code (0, or one of: 1 other failure, 2 config, 3 data, 4 loss, 5 lost rank, 75 stopped)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return _run(words)
+    except KeyboardInterrupt:
+        print("hcsdl: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            if not isinstance(error, OSError):
+                raise
+            code = 1
+        print(f"hcsdl: {error}", file=sys.stderr)
+        return code
+
+
+def _run(words: list[str]) -> int:
+    command, rest = (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)
+    if "=" in command:
+        raise ConfigError(f"a command must come first, one of {', '.join(COMMANDS)}. Got {command!r} instead.")
+    if not command:
+        if rest and rest not in (["--help"], ["-h"]):
+            raise ConfigError(f"a command must come first, one of {', '.join(COMMANDS)}. Got {rest[0]!r} instead.")
+        print(overview())
+        return 0
+    if command not in COMMANDS:
+        raise ConfigError(f"the command must be one of {', '.join(COMMANDS)}. Got {command!r} instead.")
+    flags, overrides = _split(rest)
+    if "help" in flags:
+        print(command_help(command))
+        return 0
+    if "multirun" in flags:
+        from hcsdl.commands.sweep import run_sweep
+
+        return run_sweep(command, overrides)
+    config = compose_command(command, overrides)
+    if "cfg" in flags:
+        print(to_yaml(config), end="")
+        return 0
+    return importlib.import_module(f"hcsdl.commands.{command}").run(config)
+
+
+def _split(words: list[str]) -> tuple[set[str], list[str]]:
+    """Part flags from overrides. Raises ConfigError at any flag but -m, --multirun, --help, -h, --cfg job."""
+    flags, overrides = set(), []
+    rest = iter(words)
+    for word in rest:
+        if word in ("-m", "--multirun"):
+            flags.add("multirun")
+        elif word in ("-h", "--help"):
+            flags.add("help")
+        elif word in ("--cfg", "-c", "--cfg=job"):
+            value = "job" if word == "--cfg=job" else next(rest, None)
+            if value != "job":
+                raise ConfigError(f"--cfg must be followed by `job`. Got {value!r} instead.")
+            flags.add("cfg")
+        elif word.startswith("-"):
+            raise ConfigError(f"flags are -m, --help and --cfg job; settings are key=value. Got {word!r} instead.")
+        elif "=" not in word and not word.startswith("~"):
+            raise ConfigError(f"a setting must be key=value. Got {word!r} instead.")
+        else:
+            overrides.append(word)
+    return flags, overrides

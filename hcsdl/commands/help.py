@@ -1,0 +1,69 @@
+"""`--help`: every command, and every field of a command, from the dataclasses' own documentation."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+import typing
+
+from hcsdl.config import COMMANDS
+
+USAGE = "hcsdl <command> [key=value …] [-m] [--help] [--cfg job]"
+
+
+def overview() -> str:
+    """Return the text of `hcsdl --help`: the commands, a line each."""
+    lines = [f"usage: {USAGE}", "", "commands:"]
+    lines += [f"  {name:10s} {(schema.__doc__ or '').splitlines()[0]}" for name, schema in COMMANDS.items()]
+    lines += ["", "`hcsdl <command> --help` lists its settings; `--cfg job` prints the resolved configuration; `-m` sweeps comma-separated values."]
+    return "\n".join(lines)
+
+
+def command_help(name: str) -> str:
+    """Return the text of `hcsdl <name> --help`: every field with type, default, unit and its line."""
+    schema = COMMANDS[name]
+    lines = [f"usage: {USAGE.replace('<command>', name)}", "", (schema.__doc__ or "").splitlines()[0], ""]
+    lines += [_options(name)] if _options(name) else []
+    for title, owner in [("", schema), *_groups(schema)]:
+        if title:
+            lines += ["", f"{title}: {(owner.__doc__ or '').splitlines()[0]}"]
+        hints = typing.get_type_hints(owner)
+        for item in dataclasses.fields(owner):
+            if item.metadata.get("doc"):
+                lines += _field(f"{title}.{item.name}" if title else item.name, item, hints[item.name])
+    return "\n".join(lines)
+
+
+def _options(name: str) -> str:
+    """Return a line per group that has named options, read from conf/."""
+    from importlib.resources import files
+
+    folders = sorted(p for p in files("hcsdl.conf").iterdir() if p.is_dir() and not p.name.startswith("_"))
+    known = {title for title, _ in _groups(COMMANDS[name])} | ({"experiment"} if name == "train" else set())
+    lines = []
+    for folder in folders:
+        options = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+        if folder.name in known and options:
+            lines.append(f"  {folder.name}={'|'.join(options)}")
+    return "\n".join(["choices, each a file in conf/:", *lines]) if lines else ""
+
+
+def _groups(schema: type) -> list[tuple[str, type]]:
+    return [(f.name, f.default_factory) for f in dataclasses.fields(schema) if dataclasses.is_dataclass(f.default_factory)]  # type: ignore[misc]
+
+
+def _field(key: str, item: dataclasses.Field, hint: object) -> list[str]:
+    unit = f" {item.metadata['unit']}" if item.metadata["unit"] else ""
+    default = "null" if item.default is None else item.default if item.default is not dataclasses.MISSING else "[]"
+    choices = f" ({'|'.join(map(str, item.metadata['choices']))})" if item.metadata["choices"] else ""
+    head = f"  {key}: {_type(hint)} = {default}{unit}"
+    return [head, *textwrap.wrap(item.metadata["doc"] + choices, 110, initial_indent="      ", subsequent_indent="      ")]
+
+
+def _type(hint: object) -> str:
+    arguments = [a for a in typing.get_args(hint) if a is not type(None)]
+    if typing.get_origin(hint) is list:
+        return f"list[{_type(arguments[0])}]"
+    if arguments:
+        return f"{_type(arguments[0])} or null"
+    return getattr(hint, "__name__", str(hint))

@@ -1,0 +1,190 @@
+"""What is done once before the ranks start: plates → index, split, measurements, baseline, fitted preprocessing, all in the run folder or the
+cache. No torch, so that it is quick and a bad plate or setting is told at once.
+
+In: a `TrainCommand` and a locked run folder. Out: a `Plan`, which the ranks read back from `plan.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from hcsdl.config import ConfigError, DataError, PlatesConfig, TrainCommand
+from hcsdl.data.measure import measure_index
+from hcsdl.data.preprocessing import Preprocessing, fit_preprocessing
+from hcsdl.data.reading import read_header
+from hcsdl.machine.cores import default_ranks, numa_nodes, usable_cores
+from hcsdl.plates.index import Index, cache_folder, content_hash, read_index
+from hcsdl.plates.splits import LEAKY, describe, split_fields
+from hcsdl.training.baseline import baseline_scores
+from hcsdl.training.run_folder import SCHEMA_VERSION, RunFolder, write_json
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the launcher decided and the ranks obey; `plan.json`."""
+
+    target: str
+    classes: list[str]
+    channels: list[str]
+    image_size: list[int]
+    split_sentence: str
+    leaky: bool
+    num_train_fields: int
+    num_val_fields: int
+    num_wells_val: int
+    baseline_accuracy: float | None
+    baseline_well_accuracy: float | None
+    skipped_fields: list[str]
+    index_hash: str
+    cache: str
+    resume_from: str | None
+    schema_version: int = SCHEMA_VERSION
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON."""
+        write_json(path, dataclasses.asdict(self))
+
+
+def load_plan(path: Path) -> Plan:
+    """Return the plan that `Plan.save` wrote."""
+    return Plan(**json.loads(path.read_text()))
+
+
+def ranks_and_threads(config: TrainCommand) -> tuple[int, int]:
+    """Return how many ranks to start here, and the threads of each. Raises ConfigError where the global batch cannot be shared evenly.
+
+    Unless asked for, ranks are one a NUMA node (two where there is one node of several cores), fewer where the batch needs it.
+    """
+    cores, batch = usable_cores(), config.training.global_batch_size
+    ranks = config.distributed.ranks
+    if ranks is None:
+        ranks = next(r for r in range(default_ranks(cores, numa_nodes()), 0, -1) if batch % r == 0)
+    check_batch(config, ranks)
+    return ranks, config.machine.threads_per_rank or max(1, cores // ranks)
+
+
+def check_batch(config: TrainCommand, ranks: int) -> None:
+    """Raise ConfigError where the global batch does not divide into equal mini-batches over `ranks` ranks."""
+    batch, mini = config.training.global_batch_size, config.training.mini_batch_size
+    if batch % ranks:
+        raise ConfigError(f"training.global_batch_size must be a multiple of the number of ranks, {ranks}. Got {batch} instead: change it, or distributed.ranks.")
+    if mini and (batch // ranks) % mini:
+        raise ConfigError(f"training.mini_batch_size must divide a rank's share of the global batch, {batch // ranks}. Got {mini} instead.")
+
+
+def target_column(table: pd.DataFrame, target: str) -> str:
+    """Return the index's column for a target such as `MoA`, `treatment` or `Metadata_Compound`, whatever its case. Raises ConfigError."""
+    wanted = target.lower().removeprefix("metadata_")
+    columns = {c.removeprefix("Metadata_").lower(): c for c in table if c.startswith("Metadata_")}
+    if wanted not in columns:
+        raise ConfigError(f"training.target must be one of {', '.join(sorted(c.removeprefix('Metadata_') for c in columns.values()))}. Got {target!r} instead.")
+    return columns[wanted]
+
+
+def prepare(config: TrainCommand, folder: RunFolder, resume_from: Path | None) -> tuple[Plan, Index, Preprocessing]:
+    """Do everything that comes before the ranks; write index and plan into the run folder. Raises ConfigError, DataError."""
+    index, target = labelled_index(config)
+    cache = usable_cache(config.plates, folder)
+    index, features, skipped = measured(config, index, cache)
+    split = split_column(config, index, target)
+    index = replace(index, table=index.table.assign(Metadata_Split=split))
+    index = index.select(split.notna())
+    features = features[split.notna().to_numpy()].reset_index(drop=True)
+    index.save(folder.path)
+
+    table = index.table
+    val, train = table[table["Metadata_Split"] == "val"], table[table["Metadata_Split"] == "train"]
+    classes = sorted(train[target].astype(str).unique())
+    unseen = sorted(set(val[target].astype(str)) - set(classes))
+    if unseen:
+        raise DataError(f"every class held out must also be in train. {', '.join(unseen[:5])} are not, with plates.split={config.plates.split}; change it.")
+    field_accuracy, well_accuracy = None, None
+    if config.training.baseline:
+        simple = features[[c for c in features if c.startswith(("Intensity_", "Count_"))]]
+        field_accuracy, well_accuracy = baseline_scores(simple, table, table["Metadata_Split"], target, config.plates.control)
+    preprocessing = fit_preprocessing(index, config.data, config.plates.control, cache, True, usable_cores())
+    shape, _ = read_header(index.paths(0)[0])
+    plan = Plan(
+        target=target,
+        classes=classes,
+        channels=list(index.channels),
+        image_size=list(preprocessing.output_shape((len(index.channels), *shape))[1:]),
+        split_sentence=describe(config.plates.split),
+        leaky=config.plates.split in LEAKY,
+        num_train_fields=len(train),
+        num_val_fields=len(val),
+        num_wells_val=val.groupby(["Metadata_Plate", "Metadata_Well"]).ngroups,
+        baseline_accuracy=field_accuracy,
+        baseline_well_accuracy=well_accuracy,
+        skipped_fields=skipped,
+        index_hash=content_hash(table, index.channels),
+        cache=str(cache),
+        resume_from=str(resume_from) if resume_from else None,
+    )
+    plan.save(folder.plan)
+    return plan, index, preprocessing
+
+
+def labelled_index(config: TrainCommand) -> tuple[Index, str]:
+    """Return the index of the fields that have a label of the target, and the target's column. The MoA file is read only where it is needed."""
+    moa = config.training.target.lower().removeprefix("metadata_") == "moa" or config.plates.split == "compound_folds"
+    index = read_index(config.plates, moa=moa)
+    for note in index.notes:
+        log.info("%s", note)
+    target = target_column(index.table, config.training.target)
+    labelled = index.table[target].notna()
+    if not labelled.any():
+        raise DataError(f"at least one field must have a {target}. None of {len(labelled)} in {index.root} has one; check the MoA file, or change training.target.")
+    if not labelled.all():
+        log.info("%d of %d fields have no %s and are left out.", (~labelled).sum(), len(labelled), target)
+    return index.select(labelled), target
+
+
+def usable_cache(config: PlatesConfig, folder: RunFolder) -> Path:
+    """Return the folder for what is computed once: the plates' own, or the run folder where that cannot be written."""
+    cache = cache_folder(config)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        log.warning("%s cannot be written (%s): what is computed once goes into the run folder.", cache, error.strerror)
+        return folder.path / "cache"
+    if os.access(cache, os.W_OK):
+        return cache
+    log.warning("%s cannot be written: what is computed once goes into the run folder.", cache)
+    return folder.path / "cache"
+
+
+def measured(config: TrainCommand, index: Index, cache: Path) -> tuple[Index, pd.DataFrame, list[str]]:
+    """Look at every image once (pixels with the baseline, else headers; cached). Return what can be used, and the names of skipped fields.
+
+    Raises DataError naming the broken fields, or, with data.on_bad_image=skip, where they are more than data.max_bad_fields.
+    """
+    level = "pixels" if config.training.baseline else "files"
+    found = measure_index(index, level=level, workers=usable_cores(), cache=cache, progress=True)
+    bad = found["QC_Problem"].notna()
+    names = [index.field_name(row) for row in bad.to_numpy().nonzero()[0]]
+    sentences = "; ".join(f"{name}: {problem}" for name, problem in zip(names[:5], found["QC_Problem"][bad], strict=False))
+    more = f" (+{len(names) - 5} more)" if len(names) > 5 else ""
+    if names and config.data.on_bad_image == "raise":
+        raise DataError(f"every image must be usable. {len(names)} fields are not: {sentences}{more}. Mend them, or set data.on_bad_image=skip.")
+    if len(names) > config.data.max_bad_fields:
+        raise DataError(f"at most data.max_bad_fields={config.data.max_bad_fields} fields may be skipped. {len(names)} are broken: {sentences}{more}.")
+    if names:
+        log.warning("%d broken fields are skipped: %s%s", len(names), sentences, more)
+    return index.select(~bad), found[~bad].reset_index(drop=True), names
+
+
+def split_column(config: TrainCommand, index: Index, target: str) -> pd.Series:
+    """Return "train", "val" or None for each field."""
+    seed = config.seed if config.plates.split_seed is None else config.plates.split_seed
+    plates = config.plates
+    return split_fields(index.table, kind=plates.split, target=target, val_fraction=plates.val_fraction, fold=plates.fold, seed=seed)

@@ -1,0 +1,101 @@
+"""`hcsdl train`, a rank's role: read what the launcher wrote, build everything in order, train, and sum up.
+
+In: a run folder with `config.yaml`, `plan.json` and `index.parquet`. Out: an exit code; weights, checkpoints, journal and summary by rank 0.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from hcsdl.config import TrainCommand
+from hcsdl.distributed.identity import OWN_LAUNCHER, Identity, who_am_i
+from hcsdl.machine.memory import keep_freed_memory
+from hcsdl.machine.process import die_with_parent
+from hcsdl.training.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Be one rank, started by the launcher with the run folder as the only argument."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    die_with_parent(int(os.environ[OWN_LAUNCHER]))
+    return run_rank(Path(sys.argv[1]))
+
+
+def run_rank(path: Path) -> int:
+    """Train as the rank this process is; return the exit code. Every expected failure is one line."""
+    stop = StopFlag()
+    identity, folder = who_am_i(), RunFolder(path)
+    folder.join()
+    _log_into(folder.logs / f"rank{identity.rank}.log")
+    try:
+        _train(identity, folder, stop)
+    except Exception as error:
+        code = getattr(error, "exit_code", 1)
+        if code == 1 and not isinstance(error, OSError):
+            log.exception("rank %d of %d failed", identity.rank, identity.world_size)
+        elif identity.rank == 0 or code not in (3, 4, 75):  # what every rank would say alike, rank 0 says
+            log.error("hcsdl: %s", error)
+        _leave(code)
+    _leave(0)
+    return 0
+
+
+class StopFlag:
+    """Remembers that SIGTERM, SIGUSR1 or SIGINT came; the training loop asks for it once a step."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._see)
+
+    def _see(self, number: int, _frame: object) -> None:
+        if self.seen and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.seen = True
+
+    def __call__(self) -> bool:
+        return self.seen
+
+
+def _log_into(path: Path) -> None:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+
+
+def _leave(code: int) -> None:
+    """End without waiting for threads that may be stuck in a collective of a dead peer."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _train(identity: Identity, folder: RunFolder, stop: StopFlag) -> None:
+    from hcsdl.commands.compose import from_yaml
+
+    begun = time.monotonic()
+    config: TrainCommand = from_yaml("train", folder.config.read_text())  # type: ignore[assignment]
+    allocator = "glibc, freed memory kept" if config.machine.allocator == "keep" and keep_freed_memory() else "system"
+
+    from hcsdl.commands.run import Run  # torch is first imported here, after the allocator and the threads are set
+
+    run = Run(config, folder, identity, stop, allocator)
+    try:
+        run.train()
+        run.finish(seconds=time.monotonic() - begun)
+    finally:
+        run.journal.close()
+    run.group.close()
+
+
+if __name__ == "__main__":
+    main()
+

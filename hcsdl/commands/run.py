@@ -1,0 +1,356 @@
+"""One rank's run: everything built in order, model → optimizer → state from a checkpoint → kernels → distributed, then handed to the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from hcsdl.commands.compose import config_hash, to_yaml
+from hcsdl.commands.prepare import load_plan
+from hcsdl.config import DataError, TrainCommand
+from hcsdl.data.loading import EvalLoader, TrainLoader
+from hcsdl.data.preprocessing import Preprocessing, fit_preprocessing
+from hcsdl.data.sampling import Sampler, evaluation_rows
+from hcsdl.distributed.group import Group
+from hcsdl.distributed.identity import Identity
+from hcsdl.kernels import choose_kernels
+from hcsdl.machine.cores import processor
+from hcsdl.machine.memory import peak_rss_gib
+from hcsdl.models import build_model
+from hcsdl.models.weights import load_weights
+from hcsdl.plates.index import load_index
+from hcsdl.training.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_model_state, load_newest, save_checkpoint
+from hcsdl.training.journal import Journal, Silence
+from hcsdl.training.loop import Parts, State, train
+from hcsdl.training.metrics import Scores, format_scores, score_fields, score_wells
+from hcsdl.training.objectives import build_objective
+from hcsdl.training.optimizers import build_optimizer
+from hcsdl.training.predict import buffers_swapped, predict
+from hcsdl.training.run_folder import SCHEMA_VERSION, RunFolder, write_atomically, write_json
+from hcsdl.training.summary import git_commit, time_to_accuracy, versions
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """A training run as one rank sees it; `train()` then `finish()`."""
+
+    def __init__(self, config: TrainCommand, folder: RunFolder, identity: Identity, stop: Callable[[], bool], allocator: str) -> None:
+        self.config, self.folder, self.allocator = config, folder, allocator
+        self.journal: Silence = Silence()
+        self.last_scores: tuple[Scores, Scores] | None = None
+        self.plan = load_plan(folder.plan)
+        self.index = load_index(folder.path)
+        self.group = Group(identity, config.distributed)
+        self.kernels = choose_kernels(config.kernels.name)
+        self.threads = torch.get_num_threads()
+        for what, value in (("configuration", config_hash(config)), ("index", self.index.hash), ("versions", versions()), ("kernels", self.kernels)):
+            self.group.check_equal(what, value)
+
+        checkpoint, foreign = self._find_checkpoint()
+        if checkpoint is None:
+            self.preprocessing = fit_preprocessing(self.index, config.data, config.plates.control, Path(self.plan.cache), False, 1)
+        else:
+            self.preprocessing = Preprocessing.from_state_dict(checkpoint.preprocessing)
+        self.labels = self._labels()
+        self.sampler = self._sampler()
+        self.steps_per_epoch = self.sampler.pass_length / config.training.global_batch_size
+        self.planned_steps = math.ceil(config.training.epochs * self.steps_per_epoch - 1e-9)
+        self.total_steps = min(self.planned_steps, config.training.max_steps or self.planned_steps)
+        self._build(checkpoint, foreign)
+        self.resumed = checkpoint is not None
+        self._start_journal(stop)
+
+    # What is built, in order.
+
+    def _find_checkpoint(self) -> tuple[Checkpoint | None, bool]:
+        """Return the checkpoint to go on from (None: start anew), and whether it is another run's."""
+        own = list_checkpoints(self.folder.checkpoints)
+        if own:
+            checkpoint, foreign = load_newest(own), False
+        elif self.plan.resume_from:
+            checkpoint, foreign = find_checkpoint(self.plan.resume_from), True
+        else:
+            return None, False
+        assert checkpoint is not None
+        if list(checkpoint.classes) != self.plan.classes or list(checkpoint.channels) != self.plan.channels:
+            raise DataError(f"a run goes on with the classes and channels of its checkpoint. It has {len(checkpoint.classes)} classes of {checkpoint.target} "
+                            f"in channels {', '.join(checkpoint.channels)}; the plates have {len(self.plan.classes)} of {self.plan.target} in {', '.join(self.plan.channels)}.")
+        if checkpoint.index_hash != self.plan.index_hash and not foreign:
+            raise DataError(f"a run goes on with the fields it began with. The index was {checkpoint.index_hash} and is {self.plan.index_hash}: "
+                            "the plates have changed; restore them, or name another run_dir.")
+        self.group.check_equal("checkpoint", checkpoint.step)
+        return checkpoint, foreign
+
+    def _labels(self) -> torch.Tensor:
+        number = {name: i for i, name in enumerate(self.plan.classes)}
+        return torch.tensor([number[str(value)] for value in self.index.table[self.plan.target]], dtype=torch.int64)
+
+    def _sampler(self) -> Sampler:
+        table, data = self.index.table, self.config.data
+        rows = (table["Metadata_Split"] == "train").to_numpy().nonzero()[0]
+        return Sampler(
+            rows,
+            [self.index.field_name(row) for row in rows],
+            self.labels.numpy()[rows],
+            list(table["Metadata_Treatment"].iloc[rows].astype(str)),
+            sampling=data.sampling,
+            cap=data.cap,
+            global_batch_size=self.config.training.global_batch_size,
+            seed=self.config.seed,
+        )
+
+    def _build(self, checkpoint: Checkpoint | None, foreign: bool) -> None:
+        config = self.config
+        torch.manual_seed(config.seed)
+        model = build_model(config.model, len(self.plan.channels), len(self.plan.classes), tuple(self.plan.image_size))
+        if config.model.weights and checkpoint is None:
+            self._say(load_weights(model, Path(config.model.weights)))
+        optimizer = build_optimizer(model, config.training)
+        self.state = State()
+        own: dict = {}
+        if checkpoint is not None:
+            load_model_state(model, checkpoint)
+            optimizer.load_state_dict(checkpoint.optimizer)
+            self.state = State(checkpoint.step, list(checkpoint.history), checkpoint.elapsed_s)
+            if len(checkpoint.ranks) == self.group.world_size:
+                own = checkpoint.ranks[self.group.rank]
+            else:
+                self._say(f"resuming on {self.group.world_size} ranks what {len(checkpoint.ranks)} began: same order and batch, equal to rounding.")
+            self._say(f"resumed from step {checkpoint.step}" + (f" of {self.plan.resume_from}" if foreign else ""))
+        self.bare, self.optimizer = self.kernels.prepare(model, optimizer)
+        if own:
+            with torch.no_grad():
+                for name, buffer in self.bare.named_buffers():
+                    buffer.copy_(own["buffers"][name])
+            torch.set_rng_state(own["torch_rng"])
+        self.model = self.group.wrap(self.bare)
+        self.objective = build_objective(config.objective)
+
+    def _start_journal(self, stop: Callable[[], bool]) -> None:
+        config = self.config
+        if self.group.rank == 0:
+            self.journal = Journal(
+                self.folder,
+                every_s=config.training.journal_every_s,
+                first_step=self.state.step,
+                total_steps=self.total_steps,
+                steps_per_epoch=self.steps_per_epoch,
+            )
+        kernels = self.kernels
+        if kernels.warning:
+            self._say(f"warning: {kernels.warning}")
+        self._say(f"kernels {kernels.name}, {kernels.precision} ({kernels.reason}); allocator: {self.allocator}; {processor()}")
+        self._say(f"{self.plan.num_train_fields} fields to train on, {self.plan.num_val_fields} fields of {self.plan.num_wells_val} wells held out. {self.plan.split_sentence}")
+        self.journal.event("start", self.state.step, {"resumed": self.resumed, "world_size": self.group.world_size, "kernels": kernels.name})
+        self.parts = Parts(
+            model=self.model,
+            optimizer=self.optimizer,
+            objective=self.objective,
+            kernels=kernels,
+            group=self.group,
+            config=config.training,
+            loader=self._train_loader,
+            field_name=self.index.field_name,
+            evaluate=self.evaluate,
+            save=self.save,
+            journal=self.journal,
+            stop_asked=stop,
+            total_steps=self.total_steps,
+            schedule_steps=self.planned_steps,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+
+    def _say(self, text: str) -> None:
+        if self.group.rank == 0:
+            log.info("%s", text)
+
+    def _train_loader(self, first_step: int, last_step: int) -> TrainLoader:
+        share = self.config.training.global_batch_size // self.group.world_size
+        return TrainLoader(
+            self.index,
+            self.labels,
+            self.preprocessing,
+            self.sampler,
+            self.config.data,
+            seed=self.config.seed,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
+            mini_batch_size=self.config.training.mini_batch_size or share,
+            first_step=first_step,
+            last_step=last_step,
+        )
+
+    # What the loop calls.
+
+    def train(self) -> None:
+        """Run the loop to the last step."""
+        self.group.settle(self.model, self._throw_away_step)
+        train(self.parts, self.state)
+        if self.last_scores is None:  # a run that was ended between its last step and its summary
+            self.last_scores = self.scores()
+
+    def _throw_away_step(self) -> None:
+        images = torch.zeros(2, len(self.plan.channels), *self.plan.image_size)
+        with self.kernels.autocast():
+            logits = self.model(images)
+        self.objective.loss(logits, torch.zeros(2, dtype=torch.int64)).backward()
+
+    def scores(self) -> tuple[Scores, Scores]:
+        """Return the scores of the held-out fields and of their wells, with batch-norm statistics averaged over the ranks."""
+        table = self.index.table
+        val = (table["Metadata_Split"] == "val").to_numpy().nonzero()[0]
+        rows = val[evaluation_rows(len(val), self.group.rank, self.group.world_size)]
+        share = self.config.training.global_batch_size // self.group.world_size
+        loader = EvalLoader(self.index, rows, self.labels, self.preprocessing, self.config.data, self.config.training.mini_batch_size or share)
+        with buffers_swapped(self.bare, self.group.averaged_buffers(self.bare)):
+            rows, labels, logits = predict(self.bare, loader, self.kernels, self.group)
+        seen = table.iloc[rows.numpy()]
+        wells = list(zip(seen["Metadata_Plate"], seen["Metadata_Well"], strict=True))
+        return score_fields(logits, labels, self.plan.classes), score_wells(logits, labels, wells, self.plan.classes)
+
+    def evaluate(self, state: State) -> dict:
+        """Return one line of the history: accuracies on the held-out part after `state.step` steps; say it."""
+        fields, wells = self.scores()
+        self.last_scores = fields, wells
+        found = {
+            "step": state.step,
+            "epoch": round(state.step / self.steps_per_epoch, 4),
+            "elapsed_s": round(state.elapsed_s, 3),
+            "val_accuracy": fields.accuracy,
+            "val_macro_f1": fields.macro_f1,
+            "well_accuracy": wells.accuracy,
+            "well_macro_f1": wells.macro_f1,
+        }
+        plan = self.plan
+        beside = f" (baseline {plan.baseline_well_accuracy:.3f}, {plan.baseline_accuracy:.3f})" if plan.baseline_accuracy is not None else ""
+        leaky = ", LEAKY" if plan.leaky else ""
+        self.journal.say(
+            f"epoch {found['epoch']:.2f}, step {state.step}: accuracy of wells {wells.accuracy:.3f}, of fields {fields.accuracy:.3f}{beside}, "
+            f"macro-F1 {fields.macro_f1:.3f}, held out by {self.config.plates.split}{leaky}"
+        )
+        self.journal.event("evaluation", state.step, {k: v for k, v in found.items() if k != "step"})
+        return found
+
+    def save(self, state: State) -> None:
+        """Write a checkpoint of this state (rank 0), with what every rank keeps for itself."""
+        buffers = {name: buffer.detach().clone() for name, buffer in self.bare.named_buffers()}
+        ranks = self.group.all_gather_object({"buffers": buffers, "torch_rng": torch.get_rng_state()})
+        averaged = self.group.averaged_buffers(self.bare)
+        if self.group.rank > 0:
+            return
+        self.folder.check_newest()
+        metric = self.config.training.metric
+        scores = [entry[metric] for entry in state.history]
+        path = save_checkpoint(
+            Checkpoint(
+                step=state.step,
+                model=self._weights(averaged),
+                optimizer=self.optimizer.state_dict(),
+                ranks=ranks,
+                history=state.history,
+                elapsed_s=state.elapsed_s,
+                classes=self.plan.classes,
+                channels=self.plan.channels,
+                target=self.plan.target,
+                image_size=self.plan.image_size,
+                model_config=dataclasses.asdict(self.config.model),
+                preprocessing=self.preprocessing.state_dict(),
+                config=to_yaml(self.config),
+                config_hash=config_hash(self.config),
+                index_hash=self.plan.index_hash,
+                sampler={"step": state.step, "seed": self.config.seed} | self.sampler.describe(),
+            ),
+            self.folder.checkpoints,
+            keep=self.config.training.keep_checkpoints,
+            best=bool(scores) and state.history[-1]["step"] == state.step and scores[-1] >= max(scores),
+        )
+        self.journal.event("checkpoint", state.step, {"file": path.name})
+
+    def _weights(self, averaged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the network's state_dict as plain contiguous tensors, its floating-point buffers replaced by the averaged ones."""
+        return {name: averaged.get(name, value).detach().contiguous().clone() for name, value in self.bare.state_dict().items()}
+
+    def finish(self, seconds: float) -> None:
+        """Write weights and summary, print the tables (rank 0)."""
+        averaged = self.group.averaged_buffers(self.bare)
+        rss = self.group.all_gather_object(peak_rss_gib())
+        if self.group.rank > 0:
+            return
+        self.folder.check_newest()
+        write_atomically(self.folder.weights, safetensors.torch.save(self._weights(averaged)))
+        assert self.last_scores is not None
+        fields, wells = self.last_scores
+        write_json(self.folder.summary, self._summary(fields, wells, seconds, max(rss)))
+        self.journal.event("end", self.state.step, {"seconds": seconds})
+        self.journal.close()
+        plan, split = self.plan, self.config.plates.split
+        print(format_scores(fields, split, leaky=plan.leaky, baseline=plan.baseline_accuracy))
+        print(format_scores(wells, split, leaky=plan.leaky, baseline=plan.baseline_well_accuracy))
+        print(f"run folder: {self.folder.path}", flush=True)
+
+    def _summary(self, fields: Scores, wells: Scores, seconds: float, rss: float) -> dict:
+        state, plan, config = self.state, self.plan, self.config
+        timed = state.seconds_timed or math.nan
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "name": config.name,
+            "target": plan.target,
+            "classes": plan.classes,
+            "channels": plan.channels,
+            "metric": config.training.metric,
+            "split": config.plates.split,
+            "split_sentence": plan.split_sentence,
+            "leaky": plan.leaky,
+            "val_accuracy": fields.accuracy,
+            "val_macro_f1": fields.macro_f1,
+            "well_accuracy": wells.accuracy,
+            "well_macro_f1": wells.macro_f1,
+            "baseline_accuracy": plan.baseline_accuracy,
+            "baseline_well_accuracy": plan.baseline_well_accuracy,
+            "per_class": fields.per_class.to_dict("records"),
+            "confusion_fields": fields.confusion.tolist(),
+            "confusion_wells": wells.confusion.tolist(),
+            "num_fields": len(self.index.table),
+            "num_train_fields": plan.num_train_fields,
+            "num_val_fields": plan.num_val_fields,
+            "num_wells_val": plan.num_wells_val,
+            "skipped_fields": plan.skipped_fields,
+            **self.sampler.describe(),
+            "model": config.model.name,
+            "num_parameters": sum(p.numel() for p in self.bare.parameters()),
+            "image_size": plan.image_size,
+            "images_per_s": state.fields_timed / timed,
+            "data_wait_share": state.waited_s / timed,
+            "epochs": state.step / self.steps_per_epoch,
+            "steps": state.step,
+            "planned_steps": self.planned_steps,
+            "seconds": seconds,
+            "training_seconds": state.elapsed_s,
+            "time_to_accuracy_s": time_to_accuracy(state.history, "val_accuracy"),
+            "time_to_well_accuracy_s": time_to_accuracy(state.history, "well_accuracy"),
+            "history": state.history,
+            "world_size": self.group.world_size,
+            "threads_per_rank": self.threads,
+            "global_batch_size": config.training.global_batch_size,
+            "backend": self.group.backend,
+            "kernels": self.kernels.name,
+            "kernels_reason": self.kernels.reason,
+            "precision": self.kernels.precision,
+            "allocator": self.allocator,
+            "peak_rss_gib": rss,
+            "resumed": self.resumed,
+            "attempts": self.folder.attempt,
+            "versions": versions(),
+            "processor": processor(),
+            "git_commit": git_commit(),
+            "config_hash": config_hash(config),
+            "index_hash": plan.index_hash,
+            "seed": config.seed,
+        }

@@ -1,0 +1,258 @@
+"""Every setting of every command: type, default, unit, and one line on each.
+
+In: nothing. Out: one dataclass per group (`training`, `plates`, …) and one per command (`TrainCommand`, …), registered with
+Hydra by `register()`. Values are checked when an object is made; a bad one raises `ConfigError`, whose text names the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, List, Optional
+
+SPLITS = ("random_field", "random_well", "plate", "batch", "compound_folds")
+MODELS = ("resnet18", "resnet34", "resnet50", "mcnn")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: its text names the key, what must hold, what was found."""
+
+    exit_code = 2
+
+
+class DataError(RuntimeError):
+    """Plates, images or a checkpoint that cannot be used: its text says what, where and what to do."""
+
+    exit_code = 3
+
+
+def option(default: Any, doc: str, *, unit: str = "", choices: tuple = (), low: float | None = None, high: float | None = None,
+           above: float | None = None) -> Any:
+    """Return a dataclass field that carries its documentation and its limits (`low`, `high` inclusive, `above` exclusive)."""
+    metadata = {"doc": doc, "unit": unit, "choices": choices, "low": low, "high": high, "above": above}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Checked:
+    """Base of the group classes: checks every value against the limits its field declares."""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, limits = getattr(self, item.name), item.metadata
+            if value is None or not limits:
+                continue
+            for one in value if isinstance(value, list) else [value]:
+                _check(f"{self.group()}.{item.name}", one, limits)
+
+    @classmethod
+    def group(cls) -> str:
+        """Return the name of the config group, which is the class's name without `Config`, in lower case."""
+        return cls.__name__.removesuffix("Config").lower()
+
+
+def _check(key: str, value: Any, limits: Any) -> None:
+    if limits["choices"] and value not in limits["choices"]:
+        raise ConfigError(f"{key} must be one of {', '.join(map(str, limits['choices']))}. Got {value!r} instead.")
+    if isinstance(value, float) and value != value:
+        raise ConfigError(f"{key} must be a number. Got nan instead.")
+    if limits["low"] is not None and value < limits["low"]:
+        raise ConfigError(f"{key} must be at least {limits['low']}. Got {value} instead.")
+    if limits["high"] is not None and value > limits["high"]:
+        raise ConfigError(f"{key} must be at most {limits['high']}. Got {value} instead.")
+    if limits["above"] is not None and value <= limits["above"]:
+        raise ConfigError(f"{key} must be above {limits['above']}. Got {value} instead.")
+
+
+@dataclass
+class MachineConfig(Checked):
+    """What we run on."""
+
+    threads_per_rank: Optional[int] = option(None, "compute threads of each rank; null: the usable cores divided by the ranks", low=1)
+    allocator: str = option("keep", "keep: glibc holds on to freed memory (about 1.5× faster); system: leave malloc alone",
+                            choices=("keep", "system"))
+
+
+@dataclass
+class PlatesConfig(Checked):
+    """What was imaged: where the plates are, which fields of view to use, and how they are split."""
+
+    root: Optional[str] = option(None, "folder with the CSV files (plain or .gz) and the images")
+    cache: Optional[str] = option(None, "folder for what is computed once (index, measurements, shading); null: <plates.root>/.hcsdl")
+    query: Optional[str] = option(None, "pandas expression over the index's columns that selects fields; null: all")
+    control: str = option("DMSO", "compound name of the negative control")
+    pixel_size_um: Optional[float] = option(None, "edge of a pixel; null: unknown", unit="µm", above=0)
+    split: str = option("random_well", "how fields are parted into train and val; random_field is leaky: sister fields on both sides",
+                        choices=SPLITS)
+    val_fraction: float = option(0.2, "share of fields, wells, plates or batches held out", above=0, high=0.9)
+    fold: int = option(0, "which fold is held out, with split=compound_folds", low=0)
+    split_seed: Optional[int] = option(None, "seed of the split; null: the command's seed", low=0)
+
+
+@dataclass
+class CheckConfig(Checked):
+    """How deep `hcsdl check` looks."""
+
+    level: str = option("files", "metadata: CSV files only; files: and every image's header; pixels: and every pixel",
+                        choices=("metadata", "files", "pixels"))
+    workers: Optional[int] = option(None, "processes; null: the usable cores", low=1)
+
+
+@dataclass
+class DataConfig(Checked):
+    """Index table → mini-batches."""
+
+    crop_px: Optional[List[int]] = option(None, "rows and columns of a random (val: centred) crop; null: whole fields", unit="px", low=8)
+    downsample: int = option(1, "average this many pixels a side into one; 1: full resolution", low=1)
+    illumination: str = option("none", "shading correction per plate and channel, smoothed over its fields",
+                               choices=("none", "median", "mean"))
+    intensity: str = option("dmso_meansd", "scaling per plate and channel, fitted on its control wells",
+                            choices=("none", "dmso_meansd", "dmso_percentiles"))
+    flips: bool = option(True, "flip rows and columns at random when training")
+    quarter_turns: bool = option(True, "turn by quarter turns at random when training (half turns only where fields are not square)")
+    intensity_jitter: float = option(0.1, "sd of a random gain and offset per channel when training, in units of the scaled image", low=0)
+    sampling: str = option("all", "all: every field once a pass; capped: at most data.cap fields a treatment; balanced: classes alike",
+                           choices=("all", "capped", "balanced"))
+    cap: int = option(12, "fields a treatment and pass, with sampling=capped", unit="fields", low=1)
+    workers: int = option(2, "loader threads a rank; 0: load in the training thread", low=0)
+    prefetch: int = option(4, "mini-batches kept ready", low=1)
+    on_bad_image: str = option("raise", "raise: stop at an unreadable image; skip: leave the field out, count and list it",
+                               choices=("raise", "skip"))
+    max_bad_fields: int = option(20, "more unreadable fields than this stop the run, with on_bad_image=skip", unit="fields", low=0)
+
+
+@dataclass
+class ModelConfig(Checked):
+    """Tensor → feature map → embedding → logits."""
+
+    name: str = option("resnet18", "the network", choices=MODELS)
+    width: float = option(1.0, "multiplies the number of channels of every layer", above=0)
+    zero_init_residual: bool = option(True, "start every residual branch at zero (ResNet)")
+    head: str = option("fc", "M-CNN: fc, the published 41.9 M fully connected layer; pool: global average pooling instead",
+                       choices=("fc", "pool"))
+    weights: Optional[str] = option(None, "torchvision .pth or .safetensors file to start from; null: from scratch")
+    checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory, about a third slower")
+
+
+@dataclass
+class KernelsConfig(Checked):
+    """How the model's operators run on this processor."""
+
+    name: str = option("auto", "reference: fp32; native: bf16, stock PyTorch; ipex: bf16, IPEX; auto: ipex, else native, else reference",
+                       choices=("auto", "reference", "native", "ipex"))
+
+
+@dataclass
+class DistributedConfig(Checked):
+    """Many ranks, one model."""
+
+    backend: str = option("gloo", "collective communication library", choices=("gloo",))
+    ranks: Optional[int] = option(None, "ranks on this machine; null: one a NUMA node", low=1)
+    timeout_s: float = option(600.0, "a collective or rendezvous that takes longer means a lost rank", unit="s", above=0)
+
+
+@dataclass
+class ObjectiveConfig(Checked):
+    """What the network learns."""
+
+    name: str = option("classification", "cross-entropy over the classes of training.target", choices=("classification",))
+    label_smoothing: float = option(0.1, "probability mass spread over the other classes", low=0, high=0.99)
+
+
+@dataclass
+class TrainingConfig(Checked):
+    """Objective + loop → weights."""
+
+    target: str = option("MoA", "metadata column to learn: MoA, Compound, Treatment, or any other Metadata_* column")
+    epochs: float = option(20, "passes over the sampled fields", unit="epochs", above=0)
+    max_steps: Optional[int] = option(None, "stop after this many steps; null: after training.epochs", unit="steps", low=1)
+    global_batch_size: int = option(8, "fields an optimizer step, over all ranks", unit="fields", low=1)
+    mini_batch_size: Optional[int] = option(None, "fields a rank takes at once; fewer than its share: gradients accumulate; null: its share",
+                                            unit="fields", low=1)
+    optimizer: str = option("sgd", "sgd (Nesterov), adamw or lars", choices=("sgd", "adamw", "lars"))
+    learning_rate: float = option(0.05, "peak learning rate", above=0)
+    warmup_learning_rate: float = option(0.0, "learning rate the warm-up starts from", low=0)
+    final_learning_rate: float = option(0.0, "learning rate the schedule ends at", low=0)
+    warmup_epochs: float = option(1.0, "length of the linear warm-up", unit="epochs", low=0)
+    schedule: str = option("cosine", "learning rate after the warm-up", choices=("linear", "cosine", "constant"))
+    momentum: float = option(0.9, "momentum of sgd and lars", low=0, high=0.999)
+    weight_decay: float = option(5e-5, "L2 penalty (adamw: decoupled); none on norms and biases", low=0)
+    clip_norm: Optional[float] = option(None, "largest gradient norm; null: no clipping", above=0)
+    resume: str = option("auto", "auto: go on where this run folder stands; never: refuse a used folder; <path>: start from a checkpoint")
+    validate_every_epochs: int = option(1, "passes between two evaluations; the last step is always evaluated", unit="epochs", low=1)
+    checkpoint_every_s: float = option(300.0, "time between two checkpoints; one is also written after every evaluation", unit="s", low=0)
+    checkpoint_every_steps: Optional[int] = option(None, "steps between two checkpoints, besides the above; null: none", unit="steps", low=1)
+    keep_checkpoints: int = option(2, "newest checkpoints kept, besides the best", low=1)
+    journal_every_s: float = option(2.0, "time between two journal lines", unit="s", low=0)
+    metric: str = option("well_accuracy", "what `best` means, and what a sweep's table is sorted by",
+                         choices=("well_accuracy", "val_accuracy", "val_macro_f1"))
+    baseline: bool = option(True, "print a logistic regression on simple intensity features beside every figure")
+
+
+@dataclass
+class SimulateConfig(Checked):
+    """Drawn plates in BBBC021's layout; null fields are taken from the preset."""
+
+    preset: str = option("demo", "tiny: seconds, 128 × 160; demo: full resolution, six MoAs and DMSO", choices=("tiny", "demo"))
+    effect: float = option(1.0, "strength of every compound's phenotype; 0: no compound does anything", low=0)
+    height_px: Optional[int] = option(None, "rows of a field", unit="px", low=32)
+    width_px: Optional[int] = option(None, "columns of a field", unit="px", low=32)
+    moas: Optional[int] = option(None, "mechanisms of action, besides DMSO", low=1, high=12)
+    compounds_per_moa: Optional[int] = option(None, "compounds of each mechanism", low=1)
+    concentrations: Optional[int] = option(None, "active concentrations of each compound", low=1)
+    replicates: Optional[int] = option(None, "wells of each treatment, each on another plate", low=1)
+    sites: Optional[int] = option(None, "fields a well", low=1)
+    batches: Optional[int] = option(None, "batches of plates", low=1)
+    plates_per_batch: Optional[int] = option(None, "plates a batch", low=1)
+    workers: Optional[int] = option(None, "processes; null: the usable cores", low=1)
+
+
+@dataclass
+class Command:
+    """Settings every command has."""
+
+    seed: int = option(0, "seed of everything random", low=0)
+
+
+@dataclass
+class TrainCommand(Command):
+    """Train a network on plates: a run folder with weights, journal and summary."""
+
+    run_dir: Optional[str] = option(None, "run folder; null: a new one, runs/<date>_<time>_<name>")
+    name: str = option("train", "short name of the experiment")
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    plates: PlatesConfig = field(default_factory=PlatesConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+
+@dataclass
+class CheckCommand(Command):
+    """Look at plates before training: counts, missing and broken images, quality."""
+
+    plates: PlatesConfig = field(default_factory=PlatesConfig)
+    check: CheckConfig = field(default_factory=CheckConfig)
+
+
+@dataclass
+class SimulateCommand(Command):
+    """Draw plates in BBBC021's exact layout into plates.root."""
+
+    plates: PlatesConfig = field(default_factory=PlatesConfig)
+    simulate: SimulateConfig = field(default_factory=SimulateConfig)
+
+
+COMMANDS = {"simulate": SimulateCommand, "check": CheckCommand, "train": TrainCommand}
+
+
+def register() -> None:
+    """Store one schema per command with Hydra, under the name `<command>_schema`."""
+    from hydra.core.config_store import ConfigStore
+
+    for name, schema in COMMANDS.items():
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)

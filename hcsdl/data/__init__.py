@@ -1,0 +1,1 @@
+"""Index table → mini-batches (N, C, H, W): reading, measuring, scaling, sampling, loading."""

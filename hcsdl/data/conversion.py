@@ -1,0 +1,77 @@
+"""Stored pixels → scaled float32 pixels: the inner loop of `Preprocessing.apply`.
+
+In: a strided view (C, H, W) of unsigned integers, a coarse shading grid, a gain and a shift for each channel. Out: float32 in a
+given array. Promised: rows are converted in blocks that stay in a core's cache, so main memory is read once and written once;
+numpy only, no threads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hcsdl.data.illumination import interpolation, slopes, upsample_columns
+
+BLOCK_PX = 32768
+"""Pixels converted at once: 128 KiB of float32, which stays in a core's second-level cache."""
+
+
+class ShadingView:
+    """The shading function at the pixels of one output image, made block by block.
+
+    Parameters
+    ----------
+    grid : float32 (C, h, w), turned as the image is.
+    row_px, column_px : where the output's rows and columns lie in the field, px.
+    sides : (H, W) of the field, px.
+    """
+
+    def __init__(self, grid: np.ndarray, row_px: np.ndarray, column_px: np.ndarray, sides: tuple[int, int]) -> None:
+        self.across = [upsample_columns(one, column_px, sides[1]) for one in grid]
+        self.slopes = [slopes(one) for one in self.across]
+        self.lower, self.weight = interpolation(row_px, sides[0], grid.shape[1])
+        self.starts = [0, *(np.flatnonzero(np.diff(self.lower)) + 1)]
+        """First rows of the runs of output rows that lie between the same two rows of the grid."""
+        self.scratch = np.empty((int(np.diff(self.starts, append=len(row_px)).max()), len(column_px)), np.float32)
+
+    def divide(self, block: np.ndarray, channel: int, rows: slice) -> None:
+        """Divide `block` (rows, columns), all rows of one run, by the function, in place."""
+        at, value = self.lower[rows.start], self.scratch[:len(block)]
+        np.multiply(self.weight[rows, None], self.slopes[channel][at], out=value)
+        value += self.across[channel][at]
+        block /= value
+
+
+def convert(view: np.ndarray, downsample: int, shading: ShadingView | None, gain: np.ndarray, shift: np.ndarray, out: np.ndarray) -> None:
+    """Write ``view / shading * gain + shift`` into `out` (C, H', W') float32, a block of rows at a time.
+
+    Parameters
+    ----------
+    view : unsigned integers (C, H' downsample, W' downsample), any strides.
+    downsample : this many pixels a side are averaged into one.
+    gain, shift : float32 (C,).
+    """
+    _, height, width = out.shape
+    starts = list(range(0, height, max(1, BLOCK_PX // width))) if shading is None else shading.starts
+    stops = [*starts[1:], height]
+    scratch = np.empty((max(stop - start for start, stop in zip(starts, stops, strict=True)), width), np.float32)
+    for start, stop in zip(starts, stops, strict=True):
+        block, here = scratch[:stop - start], slice(start, stop)
+        for channel, source in enumerate(view):
+            if downsample == 1:
+                block[...] = source[here]
+            else:
+                _average(source[start * downsample:stop * downsample], downsample, block)
+            if shading is not None:
+                shading.divide(block, channel, here)
+            block *= gain[channel]
+            block += shift[channel]
+            out[channel, here] = block
+
+
+def _average(source: np.ndarray, downsample: int, block: np.ndarray) -> None:
+    """Write the means of the `downsample` × `downsample` squares of `source` into `block`; exact, as long as sums stay below 2^24."""
+    block[...] = 0
+    for row in range(downsample):
+        for column in range(downsample):
+            block += source[row::downsample, column::downsample]
+    block /= downsample**2

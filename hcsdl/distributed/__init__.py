@@ -1,0 +1,1 @@
+"""Many ranks, one model: who am I, starting ranks, process groups, DistributedDataParallel."""

@@ -1,0 +1,1 @@
+"""What we run on: cores, instruction sets, memory, threads, allocator, processes. Linux; no torch."""

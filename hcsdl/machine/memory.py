@@ -1,0 +1,27 @@
+"""Memory: what glibc does with what is freed, and how much this process ever held."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import resource
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to hold on to freed memory; call before the first large tensor. Return whether it took the setting.
+
+    By default glibc gives every freed activation (tens of MB) back to the kernel, and the next one pays for its page faults again.
+    No mmap for large blocks and no trimming of the heap made whole training steps 1.55 times as fast (measured; see BENCHMARKS.md),
+    at about a quarter more resident memory.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def peak_rss_gib() -> float:
+    """Return the largest resident set this process ever had, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,66 @@
+"""What both networks share: channel counts, the checks of an image's shape, and recomputed activations.
+
+In: tensors and modules. Out: tensors and numbers. Promised: recomputing a stage changes neither its gradients nor its buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hcsdl.config import ConfigError, DataError
+
+
+def scaled_channels(channels: int, width: float) -> int:
+    """Return `channels * width`, rounded to the nearest multiple of 8 and at least 8.
+
+    Multiples of 8 are the rule of MobileNets' width multiplier; they keep the blocks of vectorised convolutions full.
+    """
+    return max(8, int(channels * width / 8 + 0.5) * 8)
+
+
+def check_image_size(image_size: tuple[int, int], minimum_size: tuple[int, int], error: type[Exception] = ConfigError) -> None:
+    """Raise `error` unless `image_size` (rows, columns) is at least `minimum_size`."""
+    if image_size[0] < minimum_size[0] or image_size[1] < minimum_size[1]:
+        raise error(f"Images must have at least {minimum_size[0]} rows and {minimum_size[1]} columns for this network. Got "
+                    f"{image_size[0]} × {image_size[1]} instead: use a larger data.crop_px or a smaller data.downsample.")
+
+
+def check_images(images: Tensor, in_channels: int, minimum_size: tuple[int, int]) -> None:
+    """Raise `DataError` unless `images` is (N, in_channels, H, W) with H and W at least `minimum_size` (rows, columns)."""
+    if images.ndim != 4 or images.shape[1] != in_channels:
+        raise DataError(f"The network takes mini-batches of shape (N, {in_channels}, rows, columns). Got {tuple(images.shape)} instead: "
+                        "feed it the channels it was built for.")
+    check_image_size((images.shape[2], images.shape[3]), minimum_size, DataError)
+
+
+def recomputed(module: nn.Module, images: Tensor) -> Tensor:
+    """Return `module(images)` without keeping its inner activations: the backward pass computes them again.
+
+    The second pass works on copies of the buffers, so that batch norm's running statistics move once a step and not twice.
+    Nothing random may happen inside `module`: the random state is not put back.
+    """
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), _spared_buffers(module)
+
+    if not torch.is_grad_enabled():
+        return module(images)
+    return checkpoint(module, images, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+@contextmanager
+def _spared_buffers(module: nn.Module) -> Iterator[None]:
+    # Copies rather than `track_running_stats = False`: without running statistics batch norm saves fewer tensors for the
+    # backward pass, and `checkpoint` insists on the same number both times.
+    own = [(part, name, buffer) for part in module.modules() for name, buffer in part.named_buffers(recurse=False)]
+    for part, name, buffer in own:
+        setattr(part, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for part, name, buffer in own:
+            setattr(part, name, buffer)

@@ -1,0 +1,118 @@
+"""Draws one field of view: cells, and everything that differs between plates, wells and fields without any compound's doing.
+
+In: a seed, a `Field`, an effect, a size. Out: uint16 (3, rows, columns): DAPI, Tubulin, Actin.
+Promised: the pixels depend on the arguments alone; with effect 0 they do not depend on the treatment at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.ndimage import gaussian_filter
+
+from hcsdl.simulation.cells import MARGIN_PX, draw_cell
+from hcsdl.simulation.compounds import active_fraction
+from hcsdl.simulation.layout import COLUMNS, ROWS, Field
+from hcsdl.simulation.phenotypes import UNTREATED, Look, looks
+
+CELLS_PER_PX = 100 / (1024 * 1280)  # 60 to 150 cells in a full-resolution field
+BRIGHTNESS = np.array([900.0, 700.0, 650.0], np.float32)  # mean over an untreated cell's area, in grey levels
+AROUND_PX = 45  # cells centred this far outside the field are drawn too, in part
+PAD_PX = MARGIN_PX + AROUND_PX
+OFFSET = 30.0  # of the camera, in grey levels
+_BATCH, _PLATE, _WELL, _FIELD = 3, 4, 5, 6  # first words of the seeds of what is random here
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How a field was stained and imaged: what no compound changes. Arrays have one number a channel."""
+
+    gain: np.ndarray
+    background: np.ndarray
+    shading: np.ndarray  # (3, 5): see `shading_field`
+    noise: float
+    blur_px: float
+    density: float
+    size: float
+
+
+def conditions(seed: int, field: Field) -> Conditions:
+    """Return the conditions of a field: those of its batch, plate, well and site, one on top of the other."""
+    batch = np.random.default_rng([seed, _BATCH, field.batch])
+    plate = np.random.default_rng([seed, _PLATE, field.plate])
+    well = np.random.default_rng([seed, _WELL, field.plate, *field.well.encode()])
+    site = np.random.default_rng([seed, _WELL, field.plate, *field.well.encode(), field.site])
+    edge = field.well[0] in (ROWS[0], ROWS[-1]) or int(field.well[1:]) in (COLUMNS[0], COLUMNS[-1])
+    gain = np.exp(batch.normal(0, 0.2, 3) + plate.normal(0, 0.2, 3) + well.normal(0.08 * edge, 0.12, 3) + site.normal(0, 0.05, 3))
+    background = 220 * np.exp(batch.normal(0, 0.2, 3) + plate.normal(0, 0.15, 3) + well.normal(0.1 * edge, 0.1, 3))
+    density = np.exp(batch.normal(0, 0.08) + plate.normal(0, 0.08) + well.normal(-0.15 * edge, 0.15))
+    blur = 0.6 + 0.25 * abs(plate.normal()) + 0.25 * abs(well.normal()) + 0.15 * abs(site.normal())
+    return Conditions(gain, background, plate.normal(0, (0.12, 0.12, 0.05, 0.05, 0.05), (3, 5)), noise=float(plate.uniform(0.6, 1.6)),
+                      blur_px=float(min(blur, 1.8)), density=float(np.clip(density, 0.6, 1.5)), size=float(np.exp(batch.normal(0, 0.05))))
+
+
+def shading_field(parameters: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return the illumination of one channel, float32 (height, width), mean 1: a slope and a bend, the same on a whole plate."""
+    y, x = np.linspace(-1, 1, height, dtype=np.float32)[:, None], np.linspace(-1, 1, width, dtype=np.float32)[None]
+    a, b, c, d, e = (np.float32(value) for value in parameters)
+    shade = 1 + a * x + b * y - (np.float32(0.12) + abs(c)) * x * x - (np.float32(0.12) + abs(d)) * y * y + e * x * y
+    shade = np.maximum(shade, np.float32(0.3))
+    return shade / shade.mean()
+
+
+def draw_field(seed: int, field: Field, effect: float, height: int, width: int) -> np.ndarray:
+    """Return the images of a field, uint16 (3, height, width)."""
+    about = conditions(seed, field)
+    base = np.random.SeedSequence([seed, _FIELD, field.plate, *field.well.encode(), field.site])
+    places, kinds, cells, noise = base.spawn(4)
+    canvases = np.zeros((3, height + 2 * PAD_PX, width + 2 * PAD_PX), np.float32)
+    positions = _positions(about.density, height, width, np.random.default_rng(places))
+    chosen = _choose(field, effect, len(positions), np.random.default_rng(kinds))
+    for (y, x), look, one in zip(positions, chosen, cells.spawn(len(positions)), strict=True):
+        draw_cell(canvases, y, x, look, np.random.default_rng(one))
+    rng = np.random.default_rng(noise)
+    images = np.empty((3, height, width), np.uint16)
+    for channel in range(3):
+        signal = gaussian_filter(canvases[channel, PAD_PX:-PAD_PX, PAD_PX:-PAD_PX], about.blur_px, truncate=2.5)
+        light = signal * np.float32(BRIGHTNESS[channel] * about.gain[channel]) + np.float32(about.background[channel])
+        light *= shading_field(about.shading[channel], height, width)
+        light += np.sqrt(light) * np.float32(about.noise) * rng.standard_normal(light.shape, np.float32) + np.float32(OFFSET)
+        images[channel] = np.clip(np.rint(light), 0, 65535)
+    return images
+
+
+def _positions(density: float, height: int, width: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Return the centres (row, column, on the padded canvas) of the cells, kept apart, some of them just outside the field."""
+    rows, columns = height + 2 * AROUND_PX, width + 2 * AROUND_PX
+    count = max(1, rng.poisson(CELLS_PER_PX * density * rows * columns))
+    found = np.empty((0, 2))
+    for _ in range(8 * count):
+        if len(found) == count:
+            break
+        if len(found) and rng.random() < 0.5:  # beside another cell: they grow in islands
+            direction = rng.uniform(0, 2 * np.pi)
+            point = found[rng.integers(len(found))] + rng.uniform(55, 80) * np.array([np.sin(direction), np.cos(direction)])
+        else:
+            point = rng.random(2) * (rows, columns)
+        if (0 <= point).all() and (point < (rows, columns)).all() and (not len(found) or np.hypot(*(found - point).T).min() > 48):
+            found = np.vstack([found, point])
+    return [(int(y) + MARGIN_PX, int(x) + MARGIN_PX) for y, x in found]
+
+
+def _choose(field: Field, effect: float, count: int, rng: np.random.Generator) -> list[Look]:
+    """Return the look of each of `count` cells: a fraction of them changed by the treatment, the others untreated."""
+    treatment = field.treatment
+    draws = rng.random((count, 2))
+    treated = treatment.concentration > 0 and effect > 0
+    fraction = min(0.98, effect * active_fraction(treatment.compound, treatment.moa, treatment.concentration)) if treated else 0.0
+    changed = looks(treatment.moa, treatment.compound) if treated else UNTREATED
+    return [_pick(changed if first < fraction else UNTREATED, second) for first, second in draws]
+
+
+def _pick(mixture: tuple[tuple[float, Look], ...], draw: float) -> Look:
+    for share, look in mixture:
+        if draw < share:
+            return look
+        draw -= share
+    return mixture[-1][1]

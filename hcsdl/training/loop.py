@@ -1,0 +1,184 @@
+"""The training loop: steps, evaluations, checkpoints, and stopping cleanly.
+
+In: `Parts`, everything built before, and a `State`, fresh or from a checkpoint. Out: the final `State`; files are written by the saver.
+Promises: all ranks agree that a step's loss and gradients are finite before the optimizer moves; a signal ends the run after a whole step,
+saved; nothing that depends on the clock (journal, time-based checkpoints) touches a number.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from hcsdl.config import TrainingConfig
+from hcsdl.data.loading import MiniBatch, TrainLoader
+from hcsdl.distributed.group import Group
+from hcsdl.distributed.launcher import Stop
+from hcsdl.kernels import Kernels
+from hcsdl.machine.memory import peak_rss_gib
+from hcsdl.training.journal import Silence
+from hcsdl.training.objectives import Objective
+from hcsdl.training.schedules import learning_rate
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient is not a number: the weights were left as they were."""
+
+    exit_code = 4
+
+
+@dataclass
+class State:
+    """Where a run stands: optimizer steps done, evaluations so far, seconds of training over all attempts, speed of this attempt."""
+
+    step: int = 0
+    history: list[dict] = field(default_factory=list)
+    elapsed_s: float = 0.0
+    fields_timed: int = 0
+    seconds_timed: float = 0.0
+    waited_s: float = 0.0
+
+
+@dataclass
+class Parts:
+    """What the loop works with. `model` is wrapped for many ranks; `evaluate(state)` and `save(state)` work on the bare network."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    kernels: Kernels
+    group: Group
+    config: TrainingConfig
+    loader: Callable[[int, int], TrainLoader]
+    field_name: Callable[[int], str]
+    evaluate: Callable[[State], dict]
+    save: Callable[[State], None]
+    journal: Silence
+    stop_asked: Callable[[], bool]
+    total_steps: int
+    schedule_steps: int
+    steps_per_epoch: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One step as all ranks saw it: mean loss, gradient norm, and whether a rank was asked to stop or a checkpoint is due."""
+
+    loss: float
+    gradient_norm: float
+    stop: bool
+    save: bool
+
+
+def train(parts: Parts, state: State) -> State:
+    """Run the steps from `state.step` to `parts.total_steps`; return the state they end in.
+
+    Raises NonFiniteLoss, LostRank, DataError (an unreadable field) and, after saving, Stop.
+    """
+    begun, before_s, saved = time.monotonic(), state.elapsed_s, time.monotonic()
+    loader = parts.loader(state.step, parts.total_steps)
+    settled = state.step + 2  # the first steps pay for memory and kernels being set up: left out of the speed
+    try:
+        last = time.monotonic()
+        waited_s = 0.0
+        for batches in loader:
+            now = time.monotonic()
+            save_due = now - saved >= parts.config.checkpoint_every_s
+            outcome = train_step(parts, batches, state.step, save_due)
+            step_s, last = time.monotonic() - last, time.monotonic()
+            wait_s, waited_s = loader.wait_s - waited_s, loader.wait_s
+            state.step += 1
+            state.elapsed_s = before_s + last - begun
+            if state.step > settled:
+                state.fields_timed += parts.config.global_batch_size
+                state.seconds_timed += step_s
+                state.waited_s += wait_s
+            parts.journal.step(state.step, parts.config.global_batch_size, _values(parts, outcome, state.step, step_s, wait_s))
+
+            finished = state.step == parts.total_steps
+            evaluated = finished or _evaluation_due(parts, state.step)
+            if evaluated:
+                state.history.append(parts.evaluate(state))
+            if evaluated or outcome.save or outcome.stop or _every(parts.config.checkpoint_every_steps, state.step):
+                parts.save(state)
+                saved = time.monotonic()
+            if outcome.stop and not finished:
+                raise Stop(f"stopped by a signal after step {state.step}, which is saved: start the same command again to go on.")
+            last = time.monotonic()
+    finally:
+        loader.close()
+    return state
+
+
+def train_step(parts: Parts, batches: Sequence[MiniBatch], step: int, save_due: bool) -> Outcome:
+    """Move the weights once, by the gradient of the mean loss over the global batch: this rank's mini-batches, and the other ranks' own.
+
+    Gradients accumulate without communication over all mini-batches but the last, with which they are averaged over the ranks.
+    """
+    rate = learning_rate(step, parts.schedule_steps, parts.steps_per_epoch, parts.config)
+    for group in parts.optimizer.param_groups:
+        group["lr"] = rate
+    losses = []
+    for number, batch in enumerate(batches, 1):
+        alone = isinstance(parts.model, DistributedDataParallel) and number < len(batches)
+        with parts.model.no_sync() if alone else nullcontext():
+            with parts.kernels.autocast():
+                logits = parts.model(batch.images)
+            loss = parts.objective.loss(logits, batch.labels) / len(batches)
+            parts.group.guard("averaging of the gradients", loss.backward)
+        losses.append(loss.detach())
+    # One small collective a step carries what all ranks must agree on: the mean loss, and who saw trouble, a signal, a due checkpoint.
+    own = float(torch.stack(losses).sum())
+    norm = gradient_norm(parts.model)
+    seen = torch.tensor([own / parts.group.world_size, not math.isfinite(own), not math.isfinite(norm), parts.stop_asked(),
+                         save_due and parts.group.rank == 0], dtype=torch.float64)  # fmt: skip
+    loss, bad_loss, bad_norm, stop, save = parts.group.all_reduce(seen).tolist()
+    if bad_loss or bad_norm:
+        _refuse(parts, batches, step, own, norm)
+    if parts.config.clip_norm is not None and norm > parts.config.clip_norm:
+        torch.nn.utils.clip_grads_with_norm_(parts.model.parameters(), parts.config.clip_norm, torch.tensor(norm))
+    parts.optimizer.step()
+    parts.optimizer.zero_grad(set_to_none=True)
+    return Outcome(loss, norm, stop > 0, save > 0)
+
+
+def gradient_norm(model: torch.nn.Module) -> float:
+    """Return the 2-norm of all gradients of `model` laid end to end, as `torch.nn.utils.clip_grad_norm_` defines it."""
+    return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+
+
+def _refuse(parts: Parts, batches: Sequence[MiniBatch], step: int, loss: float, norm: float) -> None:
+    """Raise NonFiniteLoss on every rank, naming the step and the ranks and fields that saw it."""
+    names = [parts.field_name(int(row)) for batch in batches for row in batch.rows] if not math.isfinite(loss) else []
+    seen = {rank: fields for rank, fields in enumerate(parts.group.all_gather_object(names)) if fields}
+    where = "; ".join(f"rank {rank}: {', '.join(fields[:8])}" for rank, fields in seen.items())
+    what = f"loss was not finite on {where}" if seen else f"the gradient's norm was {norm}, the loss was finite"
+    raise NonFiniteLoss(f"the loss must be finite. At step {step} the {what}. The weights were not moved and the last checkpoint is intact; "
+                        "try a smaller training.learning_rate, training.clip_norm, or look at those fields.")  # fmt: skip
+
+
+def _values(parts: Parts, outcome: Outcome, step: int, step_s: float, wait_s: float) -> dict:
+    return {
+        "loss": outcome.loss,
+        "gradient_norm": outcome.gradient_norm,
+        "learning_rate": parts.optimizer.param_groups[0]["lr"],
+        "step_s": step_s,
+        "data_wait_s": wait_s,
+        "peak_rss_gib": round(peak_rss_gib(), 3),
+    }
+
+
+def _evaluation_due(parts: Parts, step: int) -> bool:
+    """Return whether a pass (the `validate_every_epochs`-th) ended inside this step."""
+    every = parts.steps_per_epoch * parts.config.validate_every_epochs
+    return math.floor(step / every + 1e-9) > math.floor((step - 1) / every + 1e-9)
+
+
+def _every(steps: int | None, step: int) -> bool:
+    return steps is not None and step % steps == 0

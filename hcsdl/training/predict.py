@@ -1,0 +1,51 @@
+"""The network over fields, without gradients: the one loop that validation and every later use of a trained network share.
+
+In: a bare network, an evaluation loader over this rank's fields. Out: rows and logits, in row order, of all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from hcsdl.data.loading import MiniBatch
+from hcsdl.distributed.group import Group
+from hcsdl.kernels import Kernels
+
+
+def predict(model: torch.nn.Module, loader: Iterable[MiniBatch], kernels: Kernels, group: Group) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (rows int64 (N,), labels int64 (N,), logits float32 (N, K)), sorted by row, the same on every rank.
+
+    Ranks may hold different numbers of fields, none included. The model is put into evaluation mode and back.
+    """
+    parts: list[tuple[torch.Tensor, ...]] = []
+    training = model.training
+    model.eval()
+    with torch.no_grad(), kernels.autocast():
+        for batch in loader:
+            parts.append((batch.rows, batch.labels, model(batch.images).float()))
+    model.train(training)
+    parts = [part for rank in group.all_gather_object(parts) for part in rank]
+    rows, labels, logits = (torch.cat(column) for column in zip(*parts, strict=True))
+    order = rows.argsort()
+    return rows[order], labels[order], logits[order]
+
+
+@contextmanager
+def buffers_swapped(model: torch.nn.Module, buffers: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Let `model` have `buffers` (by name) inside the context, and its own again after it, bit for bit."""
+    own = {name: buffer.detach().clone() for name, buffer in model.named_buffers() if name in buffers}
+    _copy(model, buffers)
+    try:
+        yield
+    finally:
+        _copy(model, own)
+
+
+def _copy(model: torch.nn.Module, buffers: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in buffers:
+                buffer.copy_(buffers[name])

@@ -1,0 +1,123 @@
+"""The run folder: where everything stands, who may write, and whether a command may go on in it. No torch.
+
+    config.yaml        the resolved settings             model.safetensors   the network's weights after the last step
+    plan.json          what was decided before the start  checkpoints/        step-*.pt, best.pt
+    index.parquet      the fields used, with split and class   logs/           rank*.log
+    summary.json       what came out                     tensorboard/        curves
+    journal.jsonl      what happened, a JSON object a line     lock          who writes now: host, process, attempt
+
+Promises: one writer at a time; a dead writer's lock is taken over; a writer that is no longer the newest attempt refuses to save.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+
+from hcsdl.config import ConfigError
+
+SCHEMA_VERSION = 1
+
+
+class RunFolder:
+    """Paths of one run folder, its lock and its attempt number (0 until `acquire` or `join`)."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config, self.plan, self.summary = self.path / "config.yaml", self.path / "plan.json", self.path / "summary.json"
+        self.index, self.journal, self.weights = self.path / "index.parquet", self.path / "journal.jsonl", self.path / "model.safetensors"
+        self.checkpoints, self.logs, self.tensorboard = self.path / "checkpoints", self.path / "logs", self.path / "tensorboard"
+        self.lock = self.path / "lock"
+        self.attempt = 0
+        self._held: int | None = None
+
+    def acquire(self) -> int:
+        """Make the folder if need be and become its only writer until `release` or our end; return the attempt number, from 1.
+
+        Raises ConfigError where another process on any host holds it, where the folder is something else, or cannot be written.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"run_dir must be a folder. {self.path} is a file; name another.")
+        if self.path.is_dir() and not self.lock.exists() and any(self.path.iterdir()):
+            raise ConfigError(f"run_dir must be new, empty or a run folder. {self.path} holds other files; name another.")
+        try:
+            for folder in (self.path, self.checkpoints, self.logs, self.tensorboard):
+                folder.mkdir(parents=True, exist_ok=True)
+            held = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigError(f"run_dir must be writable. {error.strerror}: {error.filename}; name another, or mend its rights.") from error
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(held)
+            who = self._read_lock()
+            raise ConfigError(
+                f"one run at a time may write a run folder. {self.path} is in use by process {who.get('process')} on {who.get('host')}; "
+                "wait for it, stop it, or name another run_dir."
+            ) from error
+        self._held = held
+        self.attempt = self._read_lock().get("attempt", 0) + 1
+        text = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "attempt": self.attempt})
+        os.ftruncate(held, 0)
+        os.pwrite(held, text.encode(), 0)
+        os.fsync(held)
+        return self.attempt
+
+    def join(self) -> None:
+        """As a rank of the run that holds the folder: take over its attempt number."""
+        self.attempt = self._read_lock().get("attempt", 0)
+
+    def check_newest(self) -> None:
+        """Raise ConfigError where a newer attempt has taken the folder over: whoever calls this must not save."""
+        newest = self._read_lock().get("attempt", 0)
+        if newest != self.attempt:
+            raise ConfigError(f"only the newest attempt may save. {self.path} was taken over by attempt {newest}; this is {self.attempt}.")
+
+    def release(self) -> None:
+        """Let others write."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def _read_lock(self) -> dict:
+        try:
+            return json.loads(self.lock.read_text() or "{}")
+        except (OSError, ValueError):
+            return {}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a crash, a kill or a full disk leaves either the old file or the whole new one. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON object atomically, indented; NaN becomes null, because JSON has none."""
+    write_atomically(path, (json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and value != value:
+        return None
+    return value

@@ -1,0 +1,43 @@
+"""`summary.json`: what a run was and what came out, in one flat object. No torch of its own: versions are read from the packages' metadata."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+THRESHOLDS = (0.90, 0.95, 0.99)
+PACKAGES = ("hcsdl", "torch", "torchvision", "intel-extension-for-pytorch", "oneccl", "numpy", "pandas", "hydra-core", "tifffile")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that matter, of those installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Return the commit of the checkout this package runs from, `+changes` where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        top = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return top.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+
+
+def time_to_accuracy(history: Sequence[dict], key: str) -> dict[str, float | None]:
+    """Return {threshold: seconds of training until an evaluation first reached it, None if never} of one figure of the evaluations."""
+    found: dict[str, float | None] = {}
+    for threshold in THRESHOLDS:
+        reached = [e["elapsed_s"] for e in history if e[key] >= threshold]
+        found[f"{threshold:.2f}"] = round(reached[0], 1) if reached else None
+    return found
