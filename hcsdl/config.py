@@ -44,12 +44,13 @@ class Checked:
             if value is None or not limits:
                 continue
             for one in value if isinstance(value, list) else [value]:
-                _check(f"{self.group()}.{item.name}", one, limits)
+                _check(self.prefix() + item.name, one, limits)
 
     @classmethod
-    def group(cls) -> str:
-        """Return the name of the config group, which is the class's name without `Config`, in lower case."""
-        return cls.__name__.removesuffix("Config").lower()
+    def prefix(cls) -> str:
+        """Return what stands before a field's name in its key: the group and a dot, nothing for a command's own fields."""
+        name = cls.__name__
+        return name.removesuffix("Config").lower() + "." if name.endswith("Config") else ""
 
 
 def _check(key: str, value: Any, limits: Any) -> None:
@@ -209,7 +210,7 @@ class SimulateConfig(Checked):
 
 
 @dataclass
-class Command:
+class Command(Checked):
     """Settings every command has."""
 
     seed: int = option(0, "seed of everything random", low=0)

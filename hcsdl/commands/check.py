@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from hcsdl.config import CheckCommand, DataError
-from hcsdl.data.measure import BREAKING, KINDS, count_problems, measure_index
+from hcsdl.data.measure import KINDS, breaks_training, count_problems, measure_index
 from hcsdl.machine.cores import usable_cores
 from hcsdl.plates.index import Index, cache_folder, content_hash, find_images, load_index, read_index, root_folder
 from hcsdl.plates.splits import target_labels
@@ -48,10 +48,10 @@ def run(config: CheckCommand) -> int:
     nothing_to_learn = _nothing_to_learn(index.table, moa)
     named = [{"field": index.field_name(row), "problem": problems[row]} for row in problems.index[problems.notna()]]
     found = count_problems(problems)
-    breaking = sum(found[kind] for kind in BREAKING) + (nothing_to_learn is not None)
+    breaking = bool(breaks_training(problems).any()) or nothing_to_learn is not None
     report = {"schema_version": SCHEMA_VERSION, "level": level, "root": str(index.root), "index_hash": index.hash,
               "channels": list(index.channels), "pixel_size_um": config.plates.pixel_size_um, "counts": count_fields(index.table),
-              "images": _images(index.table), "found": found, "nothing_to_learn": nothing_to_learn, "breaks_training": breaking > 0,
+              "images": _images(index.table), "found": found, "nothing_to_learn": nothing_to_learn, "breaks_training": breaking,
               "notes": list(index.notes), "problems": named}
     print("\n".join(_lines(report)))
     (folder / "check.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")

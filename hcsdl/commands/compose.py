@@ -95,5 +95,7 @@ def one_line(error: Exception, command: str) -> str:
         found = re.search(r"Could not find '([^']+)'", text)
         if group and found:
             return f"{group.group(1)} must be one of {', '.join(group.group(2).split())}. Got {found.group(1).split('/')[-1]!r} instead."
+    if getattr(error, "override", None):
+        return f"{error.override} cannot be read as key=value: {str(error).splitlines()[0]}; quote special characters."
     detail = " ".join(str(cause).split("\n")[0].split()) if cause is not None else str(error).split("\n")[0]
     return f"{key}: {detail}" if key and key not in detail else detail or text

@@ -134,7 +134,11 @@ class Run:
         self.objective = build_objective(config.objective)
 
     def _start_journal(self, stop: Callable[[], bool]) -> None:
-        config = self.config
+        config, kernels = self.config, self.kernels
+        if kernels.warning:
+            self._say(f"warning: {kernels.warning}")
+        self._say(f"kernels {kernels.name}, {kernels.precision} ({kernels.reason}); allocator: {self.allocator}; {processor()}")
+        self._say(f"{self.plan.num_train_fields} fields to train on, {self.plan.num_val_fields} fields of {self.plan.num_wells_val} wells held out. {self.plan.split_sentence}")
         if self.group.rank == 0:
             self.journal = Journal(
                 self.folder,
@@ -143,11 +147,6 @@ class Run:
                 total_steps=self.total_steps,
                 steps_per_epoch=self.steps_per_epoch,
             )
-        kernels = self.kernels
-        if kernels.warning:
-            self._say(f"warning: {kernels.warning}")
-        self._say(f"kernels {kernels.name}, {kernels.precision} ({kernels.reason}); allocator: {self.allocator}; {processor()}")
-        self._say(f"{self.plan.num_train_fields} fields to train on, {self.plan.num_val_fields} fields of {self.plan.num_wells_val} wells held out. {self.plan.split_sentence}")
         self.journal.event("start", self.state.step, {"resumed": self.resumed, "world_size": self.group.world_size, "kernels": kernels.name})
         self.parts = Parts(
             model=self.model,

@@ -21,11 +21,13 @@ class ShadingView:
     Parameters
     ----------
     grid : float32 (C, h, w), turned as the image is.
+    dark : float32 (C,), taken off before dividing.
     row_px, column_px : where the output's rows and columns lie in the field, px.
     sides : (H, W) of the field, px.
     """
 
-    def __init__(self, grid: np.ndarray, row_px: np.ndarray, column_px: np.ndarray, sides: tuple[int, int]) -> None:
+    def __init__(self, grid: np.ndarray, dark: np.ndarray, row_px: np.ndarray, column_px: np.ndarray, sides: tuple[int, int]) -> None:
+        self.dark = dark
         self.across = [upsample_columns(one, column_px, sides[1]) for one in grid]
         self.slopes = [slopes(one) for one in self.across]
         self.lower, self.weight = interpolation(row_px, sides[0], grid.shape[1])
@@ -33,8 +35,9 @@ class ShadingView:
         """First rows of the runs of output rows that lie between the same two rows of the grid."""
         self.scratch = np.empty((int(np.diff(self.starts, append=len(row_px)).max()), len(column_px)), np.float32)
 
-    def divide(self, block: np.ndarray, channel: int, rows: slice) -> None:
-        """Divide `block` (rows, columns), all rows of one run, by the function, in place."""
+    def correct(self, block: np.ndarray, channel: int, rows: slice) -> None:
+        """Take the offset off `block` (rows, columns), all rows of one run, and divide it by the function, in place."""
+        block -= self.dark[channel]
         at, value = self.lower[rows.start], self.scratch[:len(block)]
         np.multiply(self.weight[rows, None], self.slopes[channel][at], out=value)
         value += self.across[channel][at]
@@ -42,7 +45,7 @@ class ShadingView:
 
 
 def convert(view: np.ndarray, downsample: int, shading: ShadingView | None, gain: np.ndarray, shift: np.ndarray, out: np.ndarray) -> None:
-    """Write ``view / shading * gain + shift`` into `out` (C, H', W') float32, a block of rows at a time.
+    """Write ``(view - dark) / shading * gain + shift`` into `out` (C, H', W') float32, a block of rows at a time.
 
     Parameters
     ----------
@@ -62,7 +65,7 @@ def convert(view: np.ndarray, downsample: int, shading: ShadingView | None, gain
             else:
                 _average(source[start * downsample:stop * downsample], downsample, block)
             if shading is not None:
-                shading.divide(block, channel, here)
+                shading.correct(block, channel, here)
             block *= gain[channel]
             block += shift[channel]
             out[channel, here] = block

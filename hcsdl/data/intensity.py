@@ -15,7 +15,8 @@ from hcsdl.config import DataError
 
 BINS = 1 << 17
 """Values 0 … 131,071: a 16-bit pixel divided by a shading of one half still fits; larger ones count as the largest."""
-LOW_PERCENTILE, HIGH_PERCENTILE = 1.0, 99.9
+LOW_PERMILLE, HIGH_PERMILLE = 10, 999
+"""The 1st and the 99.9th percentile, as whole numbers, so that no rounding moves the place of a pixel."""
 
 
 def histogram(image: np.ndarray) -> np.ndarray:
@@ -35,9 +36,9 @@ def mean_sd(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.sqrt(variance)
 
 
-def percentile(counts: np.ndarray, percent: float) -> np.ndarray:
-    """Return the least value at or below which at least `percent` % of the pixels lie: histograms (C, BINS) → float64 (C,)."""
-    reached = counts.cumsum(axis=1) >= (counts.sum(axis=1, keepdims=True) * percent / 100)
+def quantile(counts: np.ndarray, permille: int) -> np.ndarray:
+    """Return the least value at or below which at least `permille` ‰ of the pixels lie: histograms (C, BINS) → float64 (C,)."""
+    reached = counts.cumsum(axis=1) * 1000 >= counts.sum(axis=1, keepdims=True) * permille
     return reached.argmax(axis=1).astype(np.float64)
 
 
@@ -61,8 +62,8 @@ def scaling(counts: np.ndarray, how: str, plate: str, channels: Sequence[str]) -
     if how == "dmso_meansd":
         offset, spread = mean_sd(counts)
     else:
-        offset = percentile(counts, LOW_PERCENTILE)
-        spread = percentile(counts, HIGH_PERCENTILE) - offset
+        offset = quantile(counts, LOW_PERMILLE)
+        spread = quantile(counts, HIGH_PERMILLE) - offset
     for channel, value in zip(channels, spread, strict=True):
         if not value > 0:
             raise DataError(f"data.intensity={how} needs control pixels that differ. Channel {channel} of plate {plate} is constant "

@@ -26,6 +26,7 @@ from hcsdl.plates.quality import judge, measure_field
 
 SCHEMA_VERSION = 1
 CHUNK = 16  # fields a task: about half a second of work for whole fields
+ALONE = 64  # up to so many fields are measured without further processes, which take a second or two to start
 KINDS = ("missing", "unreadable", "wrong shape", "constant", "saturated")
 BREAKING = KINDS[:-1]  # a saturated field can be trained on
 
@@ -76,6 +77,11 @@ def count_problems(problems: pd.Series) -> dict[str, int]:
     return {kind: int((kinds == kind).sum()) for kind in KINDS}
 
 
+def breaks_training(problems: pd.Series) -> pd.Series:
+    """Return a mask, bool, of the problems that keep a field from being trained on: all kinds but "saturated"."""
+    return problems.fillna("").astype(str).str.startswith(tuple(f"{kind}:" for kind in BREAKING))
+
+
 def _signature(paths: list[Path], name: str) -> str:
     """Return a text that changes when a field's `name` does, or its files' sizes or times of change."""
     content = [name]
@@ -93,7 +99,7 @@ def _measure(paths: list[list[Path]], rows: list[int], channels: tuple[str, ...]
     """Yield (row, result) for every row of `rows`, in any order."""
     chunks = [rows[start:start + CHUNK] for start in range(0, len(rows), CHUNK)]
     with tqdm(total=len(rows), desc=f"measuring {level}", unit="field", disable=not progress or not rows) as bar:
-        if workers == 1 or len(chunks) <= 1:
+        if workers == 1 or len(rows) <= ALONE:
             for row in rows:
                 bar.update()
                 yield row, _measure_one(paths[row], channels, level)

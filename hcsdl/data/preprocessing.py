@@ -35,7 +35,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-_ARRAYS = ("offset", "scale", "pooled_offset", "pooled_scale", "shading", "pooled_shading")
+_ARRAYS = ("offset", "scale", "pooled_offset", "pooled_scale", "dark", "pooled_dark", "shading", "pooled_shading")
 _NAMES = ("channels", "plates", "plates_without_control")
 
 
@@ -49,6 +49,7 @@ class Preprocessing:
     plates : plates that were fitted.
     offset, scale : float32 (plates, C), in stored units and their inverse; 0 and 1 with ``data.intensity=none``.
     pooled_offset, pooled_scale : float32 (C,), from the control wells of all fitted plates together, for a plate that was never fitted.
+    dark, pooled_dark : float32 (plates, C) camera offsets, in stored units, and their mean (C,); 0 without shading correction.
     shading, pooled_shading : float32 (plates, C, h, w) coarse shading functions, and their mean (C, h, w); None without correction.
     plates_without_control : the fitted plates that took the pooled values.
     illumination, intensity, control : how it was fitted, and on which compound.
@@ -61,6 +62,8 @@ class Preprocessing:
     scale: np.ndarray
     pooled_offset: np.ndarray
     pooled_scale: np.ndarray
+    dark: np.ndarray
+    pooled_dark: np.ndarray
     shading: np.ndarray | None
     pooled_shading: np.ndarray | None
     plates_without_control: tuple[str, ...]
@@ -76,7 +79,7 @@ class Preprocessing:
         return shape[0], rows // self.downsample, columns // self.downsample
 
     def apply(self, image: np.ndarray, plate: str, augmentation: Augmentation | None = None, out: np.ndarray | None = None) -> np.ndarray:
-        """Return a field as the network sees it: ``((image / shading) - offset) * scale``, then the augmentation's gain and offset.
+        """Return a field as the network sees it: ``((image - dark) / shading - offset) * scale``, then the augmentation's gain and offset.
 
         Crop, turns and flips are strided views of `image`; the crop is centred without an augmentation. Down-sampling averages the stored
         pixels and then divides by the shading at their centre, which differs from the other order by less than the shading changes there.
@@ -115,7 +118,7 @@ class Preprocessing:
         if out is None:
             out = np.empty((len(view), view.shape[1] // self.downsample, view.shape[2] // self.downsample), np.float32)
 
-        offset, scale, grid = self._plate(plate)
+        offset, scale, dark, grid = self._plate(plate)
         gain = np.asarray(augmentation.gain if augmentation else 1.0) * scale
         shift = (augmentation.offset if augmentation else 0.0) - offset * gain
         shading = None
@@ -125,17 +128,17 @@ class Preprocessing:
             sides = (height, width)
             if transpose:
                 row_px, column_px, sides, grid = column_px, row_px, sides[::-1], grid.swapaxes(1, 2)
-            shading = ShadingView(grid, row_px[::down], column_px[::across], sides)
+            shading = ShadingView(grid, dark, row_px[::down], column_px[::across], sides)
         convert(view, self.downsample, shading, gain.astype(np.float32), shift.astype(np.float32), out)
         return out
 
-    def _plate(self, plate: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Return offset and scale, float64 (C,), and the shading grids (C, h, w) of a plate, the pooled ones if it was never fitted."""
+    def _plate(self, plate: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+        """Return a plate's offset and scale, float64 (C,), dark (C,) and shading (C, h, w); the pooled ones if it was never fitted."""
         if plate not in self.plates:
-            return self.pooled_offset.astype(np.float64), self.pooled_scale.astype(np.float64), self.pooled_shading
+            return self.pooled_offset.astype(np.float64), self.pooled_scale.astype(np.float64), self.pooled_dark, self.pooled_shading
         at = self.plates.index(plate)
         shading = None if self.shading is None else self.shading[at]
-        return self.offset[at].astype(np.float64), self.scale[at].astype(np.float64), shading
+        return self.offset[at].astype(np.float64), self.scale[at].astype(np.float64), self.dark[at], shading
 
     def state_dict(self) -> dict[str, object]:
         """Return everything as plain values (arrays as their bytes and shape), which ``torch.load(weights_only=True)`` accepts."""
@@ -224,7 +227,8 @@ def _unfitted(index: Index, config: DataConfig, control: str) -> Preprocessing:
     channels = len(index.channels)
     return Preprocessing(
         channels=tuple(index.channels), plates=(), offset=np.zeros((0, channels), np.float32), scale=np.ones((0, channels), np.float32),
-        pooled_offset=np.zeros(channels, np.float32), pooled_scale=np.ones(channels, np.float32), shading=None, pooled_shading=None,
+        pooled_offset=np.zeros(channels, np.float32), pooled_scale=np.ones(channels, np.float32),
+        dark=np.zeros((0, channels), np.float32), pooled_dark=np.zeros(channels, np.float32), shading=None, pooled_shading=None,
         plates_without_control=(), illumination=config.illumination, intensity=config.intensity, control=control,
         crop_px=None, downsample=config.downsample)
 
@@ -234,7 +238,7 @@ def _fit(base: Preprocessing, index: Index, plates: tuple[str, ...], progress: b
     rows = {plate: np.flatnonzero(index.table["Metadata_Plate"] == plate) for plate in plates}
     is_control = (index.table["Metadata_Compound"] == base.control).to_numpy() & (base.intensity != "none")
     total = sum(int(is_control[some].sum()) + (len(some) if base.illumination != "none" else 0) for some in rows.values())
-    grids: list[np.ndarray] = []
+    shadings: list[tuple[np.ndarray, np.ndarray]] = []
     scalings: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     pooled_counts = np.zeros((len(base.channels), BINS), np.int64)
     bar = tqdm(total=total, desc="fitting shading and intensity", unit="field", disable=not progress, leave=False)
@@ -242,43 +246,44 @@ def _fit(base: Preprocessing, index: Index, plates: tuple[str, ...], progress: b
         measured = partial(_measured, index, pool, bar, skip)
         for plate in plates:
             if base.illumination != "none":
-                grids.append(_plate_shading(list(measured(rows[plate], _shape_and_grid)), base.illumination, plate))
+                shadings.append(_plate_shading(list(measured(rows[plate], _shape_and_grid)), base.illumination, plate))
             counts = np.zeros_like(pooled_counts)
-            corrected = partial(_corrected_histogram, _only_shading(base, plate, grids[-1] if grids else None), plate)
+            corrected = partial(_corrected_histogram, _only_shading(base, plate, shadings[-1] if shadings else None), plate)
             for one in measured(rows[plate][is_control[rows[plate]]], corrected):
                 counts += one
             if counts.any():
                 scalings[plate] = scaling(counts, base.intensity, plate, base.channels)
                 pooled_counts += counts
-    return _joined(base, plates, grids, scalings, pooled_counts)
+    return _joined(base, plates, shadings, scalings, pooled_counts)
 
 
-def _joined(base: Preprocessing, plates: tuple[str, ...], grids: list[np.ndarray], scalings: dict[str, tuple[np.ndarray, np.ndarray]],
-            pooled_counts: np.ndarray) -> Preprocessing:
+def _joined(base: Preprocessing, plates: tuple[str, ...], shadings: list[tuple[np.ndarray, np.ndarray]],
+            scalings: dict[str, tuple[np.ndarray, np.ndarray]], pooled_counts: np.ndarray) -> Preprocessing:
     """Return `base` with what was fitted on `plates` added; plates without scaling take the pooled one, which a note tells."""
     pooled = base.pooled_offset, base.pooled_scale
-    pooled_shading = base.pooled_shading
+    shading, pooled_shading, pooled_dark = base.shading, base.pooled_shading, base.pooled_dark
+    dark = np.zeros((len(plates), len(base.channels)), np.float32)
     without: tuple[str, ...] = ()
     if not base.plates and base.intensity != "none":
         if not scalings:
             raise DataError(f"data.intensity={base.intensity} needs wells of the control compound {base.control!r} (plates.control) on at "
                             f"least one plate. Found none on {len(plates)} plates: correct plates.control, or set data.intensity=none.")
         pooled = scaling(pooled_counts, base.intensity, "(all plates)", base.channels)
-    if not base.plates and grids:
-        pooled_shading = np.mean(grids, axis=0, dtype=np.float32)
+    if shadings:
+        grids, dark = (np.stack(part) for part in zip(*shadings, strict=True))
+        shading = grids if base.shading is None else np.concatenate([base.shading, grids])
+        if not base.plates:
+            pooled_shading, pooled_dark = grids.mean(axis=0, dtype=np.float32), dark.mean(axis=0, dtype=np.float32)
     if base.intensity != "none":
         without = tuple(plate for plate in plates if plate not in scalings)
     if without:
         log.warning("No wells of %s on %d of %d plates (%s): their intensities are scaled with the values of the other plates together.",
                     base.control, len(without), len(plates), ", ".join(without[:5]) + (", …" if len(without) > 5 else ""))
     offsets, scales = (np.stack([scalings.get(plate, pooled)[part] for plate in plates]) for part in (0, 1))
-    shading = None
-    if grids:
-        shading = np.stack(grids) if base.shading is None else np.concatenate([base.shading, np.stack(grids)])
     return dataclasses.replace(
         base, plates=base.plates + plates, offset=np.concatenate([base.offset, offsets]), scale=np.concatenate([base.scale, scales]),
-        pooled_offset=pooled[0], pooled_scale=pooled[1], shading=shading, pooled_shading=pooled_shading,
-        plates_without_control=base.plates_without_control + without)
+        pooled_offset=pooled[0], pooled_scale=pooled[1], dark=np.concatenate([base.dark, dark]), pooled_dark=pooled_dark, shading=shading,
+        pooled_shading=pooled_shading, plates_without_control=base.plates_without_control + without)
 
 
 def _measured(index: Index, pool: ThreadPoolExecutor, bar: tqdm, skip: bool, rows: np.ndarray,
@@ -306,7 +311,7 @@ def _shape_and_grid(image: np.ndarray) -> tuple[tuple[int, int], np.ndarray]:
     return image.shape[1:], coarse_grid(image)
 
 
-def _plate_shading(found: list[tuple[tuple[int, int], np.ndarray]], how: str, plate: str) -> np.ndarray:
+def _plate_shading(found: list[tuple[tuple[int, int], np.ndarray]], how: str, plate: str) -> tuple[np.ndarray, np.ndarray]:
     shapes = sorted({shape for shape, _ in found})
     if len(shapes) > 1:
         raise DataError(f"The fields of a plate must be of one size for data.illumination={how}. Found {shapes} px on plate {plate}: leave "
@@ -314,11 +319,11 @@ def _plate_shading(found: list[tuple[tuple[int, int], np.ndarray]], how: str, pl
     return fit_shading(np.array([grid for _, grid in found]), how, plate, shapes[0] if shapes else (1, 1))
 
 
-def _only_shading(base: Preprocessing, plate: str, grid: np.ndarray | None) -> Preprocessing:
+def _only_shading(base: Preprocessing, plate: str, fitted: tuple[np.ndarray, np.ndarray] | None) -> Preprocessing:
     """Return a preprocessing of one plate that corrects shading and nothing else."""
-    channels = len(base.channels)
-    return dataclasses.replace(base, plates=(plate,), offset=np.zeros((1, channels), np.float32), scale=np.ones((1, channels), np.float32),
-                               shading=None if grid is None else grid[None], crop_px=None)
+    zeros = np.zeros((1, len(base.channels)), np.float32)
+    return dataclasses.replace(base, plates=(plate,), offset=zeros, scale=zeros + 1, dark=zeros if fitted is None else fitted[1][None],
+                               shading=None if fitted is None else fitted[0][None], crop_px=None)
 
 
 def _corrected_histogram(shading: Preprocessing, plate: str, image: np.ndarray) -> np.ndarray:
@@ -355,7 +360,7 @@ def _read_cache(path: Path, index: Index) -> Preprocessing | None:
             arrays = {name: stored.get(name) for name in _ARRAYS}
         state |= {name: None if array is None else {"shape": array.shape, "float32": array.tobytes()} for name, array in arrays.items()}
         found = Preprocessing.from_state_dict(state)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # whatever a parser raises on garbage
         log.warning("%s cannot be used and is made anew (%s).", path, " ".join(str(error).split()) or type(error).__name__)

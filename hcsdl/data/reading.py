@@ -7,6 +7,8 @@ Promised: a file that is missing, truncated, no TIFF, of another type or of anot
 
 from __future__ import annotations
 
+import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +17,8 @@ import numpy as np
 import tifffile
 
 from hcsdl.config import DataError
+
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it would log of a bad file is raised here
 
 DTYPES = (np.dtype("uint8"), np.dtype("uint16"))
 
@@ -108,7 +112,10 @@ def _checked(page: tifffile.TiffPage, path: Path) -> tuple[tuple[int, int], np.d
     end = max((start + count for start, count in zip(page.dataoffsets, page.databytecounts, strict=False)), default=0)
     if page.is_contiguous:
         end = page.dataoffsets[0] + page.nbytes
-    if end > size or not page.dataoffsets:
+    elif not len(page.dataoffsets) == len(page.databytecounts) == math.prod(page.chunked):
+        raise DataError(f"An image must be a whole TIFF file: {path} lists {len(page.dataoffsets)} of {math.prod(page.chunked)} pieces. "
+                        "Copy it again from its source.")
+    if end > size:
         raise DataError(f"An image must be a whole TIFF file: {path} is truncated, it has {size} bytes and its pixels end at byte {end}. "
                         "Copy it again from its source.")
     return (page.shape[0], page.shape[1]), np.dtype(page.dtype)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from hcsdl.config import ConfigError, DistributedConfig
 from hcsdl.distributed.identity import Identity
+from hcsdl.machine.process import held_back_output
 
 
 class LostRank(RuntimeError):
@@ -33,12 +34,12 @@ class Group:
         if self.world_size > 1:
             wait = timedelta(seconds=config.timeout_s)
             self._store, _, _ = self.guard("rendezvous", lambda: next(dist.rendezvous("env://", timeout=wait)))
-            self.guard(
-                "start of the process group",
-                lambda: dist.init_process_group(
-                    config.backend, store=dist.PrefixStore("group", self._store), rank=self.rank, world_size=self.world_size, timeout=wait
-                ),
-            )
+            store = dist.PrefixStore("group", self._store)
+            with held_back_output():
+                self.guard(
+                    "start of the process group",
+                    lambda: dist.init_process_group(config.backend, store=store, rank=self.rank, world_size=self.world_size, timeout=wait),
+                )
 
     def guard(self, what: str, call: Callable[[], Any]) -> Any:
         """Return `call()`; a RuntimeError in it, which is how backends report a dead peer or a time-out, becomes `LostRank`."""

@@ -14,6 +14,7 @@ import torch
 
 from hcsdl.config import ConfigError
 from hcsdl.machine.cores import bf16_flags
+from hcsdl.machine.process import held_back_output
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Kernels:
         if self.name == "ipex" and optimizer is not None:
             import intel_extension_for_pytorch as ipex
 
-            model, optimizer = ipex.optimize(model, optimizer=optimizer, dtype=torch.float32, weights_prepack=False, inplace=True)
+            with held_back_output():
+                model, optimizer = ipex.optimize(model, optimizer=optimizer, dtype=torch.float32, weights_prepack=False, inplace=True)
         return model, optimizer
 
 
@@ -78,7 +80,8 @@ def ipex_problem() -> str:
     if version.split(".")[:2] != torch.__version__.split(".")[:2]:
         return f"IPEX {version} is for torch {'.'.join(version.split('.')[:2])}, and torch is {torch.__version__}."
     try:
-        import intel_extension_for_pytorch  # noqa: F401
+        with held_back_output():
+            import intel_extension_for_pytorch  # noqa: F401
     except Exception as error:  # whatever the import of a native library may raise
         return f"IPEX {version} does not import: {error}."
     return ""

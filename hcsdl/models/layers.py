@@ -1,6 +1,6 @@
 """What both networks share: channel counts, the checks of an image's shape, and recomputed activations.
 
-In: tensors and modules. Out: tensors and numbers. Promised: recomputing a stage changes neither its gradients nor its buffers.
+In: tensors and modules. Out: tensors and numbers. Promised: recomputing a block changes neither its gradients nor its buffers.
 """
 
 from __future__ import annotations

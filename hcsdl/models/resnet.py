@@ -31,7 +31,8 @@ class ResNet(nn.Module):
     num_classes : length of the logits.
     width : multiplies every layer's channels, see `scaled_channels`.
     zero_init_residual : start the last batch norm of every block at zero (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
-    checkpoint_activations : keep only the stages' inputs and recompute the rest in the backward pass.
+    checkpoint_activations : keep only the blocks' inputs and recompute the rest in the backward pass. (By stage saves far less: the first
+        stage alone holds 40 % of the activations.)
 
     Attributes
     ----------
@@ -74,7 +75,8 @@ class ResNet(nn.Module):
         check_images(images, self.in_channels, self.minimum_size)
         features = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            features = recomputed(stage, features) if self.checkpoint_activations else stage(features)
+            for block in stage:
+                features = recomputed(block, features) if self.checkpoint_activations else block(features)
         return features
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:

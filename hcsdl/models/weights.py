@@ -6,11 +6,9 @@ nothing is left out silently, and nothing is changed when the file does not fit.
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -58,8 +56,8 @@ def adapt_stem(weight: Tensor, in_channels: int) -> Tensor:
     """Return a stem for `in_channels` made from `weight` (outputs, 3, rows, columns), whose input is red, green, blue.
 
     For one channel the sum over the three; otherwise the three repeated in order as far as needed and multiplied by 3 / in_channels,
-    so that an image with equal channels gives the same output as before. The rule of timm's `adapt_input_conv`
-    (huggingface/pytorch-image-models, timm/models/_manipulate.py).
+    so that the outputs keep their size (exactly so on grey images where in_channels is 1 or a multiple of 3). The rule of timm's
+    `adapt_input_conv` (huggingface/pytorch-image-models, timm/models/_manipulate.py).
     """
     if in_channels == 1:
         return weight.sum(dim=1, keepdim=True)
@@ -70,16 +68,13 @@ def adapt_stem(weight: Tensor, in_channels: int) -> Tensor:
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ConfigError(f"model.weights must name a file. Found none at {path}.")
+    if path.suffix not in (".pth", ".pt", ".safetensors"):
+        raise ConfigError(f"model.weights must end in .pth, .pt or .safetensors. Got {path.name!r} instead.")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix in (".pth", ".pt"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            if isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values()):
-                return dict(content)
-            raise DataError(f"The weights in {path} must be one dictionary of tensors (a state dict). Got something else instead.")
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"The weights in {path} cannot be read ({str(error).splitlines()[0]}): is the file whole?") from error
-    raise ConfigError(f"model.weights must end in .pth, .pt or .safetensors. Got {path.name!r} instead.")
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in the parser wherever the damage is
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(f"The weights in {path} cannot be read ({reason}): is the file whole, and only tensors?") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise DataError(f"The weights in {path} must be one dictionary of tensors (a state dict). Got something else: save its inner part.")
+    return dict(content)

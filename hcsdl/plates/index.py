@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -244,7 +245,7 @@ def _with_measurements(table: pd.DataFrame, config: PlatesConfig) -> pd.DataFram
     advice = f"plates.query={config.query!r} asks for measurements: run `hcsdl check check.level=pixels` on all fields first."
     if not path.is_file():
         raise DataError(f"{advice} There are none at {path}.")
-    measured = pd.read_parquet(path)
+    measured = load_index(path).table
     wanted = [column for column in measured if column not in table]
     joined = table.merge(measured[KEYS + wanted], on=KEYS, how="left", indicator=True)
     lacking = int((joined.pop("_merge") == "left_only").sum())
@@ -257,7 +258,7 @@ def _with_none(column: pd.Series) -> pd.Series:
     return column.astype(object).where(column.notna(), None)
 
 
-def _replace(path: Path, write) -> None:
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     new = path.with_name(f".{path.name}.{os.getpid()}")
     write(new)
     os.replace(new, path)

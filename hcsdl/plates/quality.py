@@ -99,10 +99,10 @@ def focus_slope(plane: np.ndarray) -> float:
     """Return the slope of log power against log spatial frequency: about −2 to −3 for sharp cells, steeper out of focus.
 
     Field 1987 (J Opt Soc Am A 4:2379); `PowerLogLogSlope` of CellProfiler's MeasureImageQuality, which Bray et al. 2012 (J Biomol
-    Screen 17:266) recommend as the sign of poor focus. As there, frequencies from 1 to an eighth of the image's smaller side (waves of
-    8 px and more) enter the fit. Departures: the centred square is used, not the whole field; power is averaged over each ring of equal
-    frequency, not summed (a sum is flatter by about 1), and a Hann window keeps the image's edges from adding a cross to the spectrum.
-    0 for a constant image.
+    Screen 17:266) recommend as the sign of poor focus. As there, frequencies up to an eighth of the image's smaller side (waves of 8 px and
+    more) enter the fit. Departures: the centred square is used, not the whole field; power is averaged over each ring of equal frequency,
+    not summed (a sum is flatter by about 1); a Hann window keeps the image's edges from adding a cross to the spectrum, and for it the
+    fit starts at frequency 2, not 1. 0 for a constant image.
     """
     side = min(plane.shape)
     top, left = (plane.shape[0] - side) // 2, (plane.shape[1] - side) // 2
@@ -117,8 +117,8 @@ def focus_slope(plane: np.ndarray) -> float:
     rows = fft.rfft(square, axis=1)[:, :limit]  # only low frequencies are used: the second transform skips the rest
     spectrum = fft.fft(rows, axis=0)
     low = np.concatenate([spectrum[:limit], spectrum[-limit + 1:]])
-    power = np.bincount(rings.ravel(), (low.real ** 2 + low.imag ** 2).ravel(), minlength=limit)[1:limit] / sizes[1:]
-    frequency = np.arange(1, limit)
+    power = np.bincount(rings.ravel(), (low.real ** 2 + low.imag ** 2).ravel(), minlength=limit)[2:limit] / sizes[2:]
+    frequency = np.arange(2, limit)
     valid = power > 0
     if valid.sum() < 2:
         return 0.0

@@ -6,6 +6,7 @@ channels, and notes on what was assumed. Promised: what cannot be read as it mus
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     try:
         raw = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True,
                           compression="gzip" if path.name.lower().endswith(".gz") else None)
-    except (OSError, EOFError, ValueError) as error:  # pandas' parser errors and Unicode errors are ValueErrors
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # pandas' parser errors and Unicode errors are ValueErrors
         raise DataError(f"A list must be a CSV file in UTF-8: {path} cannot be read ({' '.join(str(error).split())}).") from error
     raw.columns = raw.columns.str.strip()
     if raw.empty:

@@ -100,7 +100,8 @@ def _parts(kind: str, radius: float, angle: float, rng: np.random.Generator) -> 
         return [(d * np.cos(a), d * np.sin(a), s, 0.8 * s, a) for a, d, s in zip(around, far, size, strict=True)]
     if kind == "clump":
         far = rng.uniform(0, 0.6, count) * radius
-        return [(d * np.cos(a), d * np.sin(a), 0.32 * radius, 0.2 * radius, rng.uniform(0, np.pi)) for a, d in zip(around, far, strict=True)]
+        turned = rng.uniform(0, np.pi, count)
+        return [(d * np.cos(a), d * np.sin(a), 0.32 * radius, 0.2 * radius, t) for a, d, t in zip(around, far, turned, strict=True)]
     far, size = rng.uniform(0.35, 1.0, count) * radius, rng.uniform(0.2, 0.45, count) * radius
     return [(d * np.cos(a), d * np.sin(a), s, s, 0) for a, d, s in zip(around, far, size, strict=True)]
 

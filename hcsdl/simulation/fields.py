@@ -16,7 +16,7 @@ from hcsdl.simulation.compounds import active_fraction
 from hcsdl.simulation.layout import COLUMNS, ROWS, Field
 from hcsdl.simulation.phenotypes import UNTREATED, Look, looks
 
-CELLS_PER_PX = 100 / (1024 * 1280)  # 60 to 150 cells in a full-resolution field
+CELLS_PER_PX = 115 / (1024 * 1280)  # 60 to 150 cells in a full-resolution field
 BRIGHTNESS = np.array([900.0, 700.0, 650.0], np.float32)  # mean over an untreated cell's area, in grey levels
 AROUND_PX = 45  # cells centred this far outside the field are drawn too, in part
 PAD_PX = MARGIN_PX + AROUND_PX
@@ -47,9 +47,9 @@ def conditions(seed: int, field: Field) -> Conditions:
     gain = np.exp(batch.normal(0, 0.2, 3) + plate.normal(0, 0.2, 3) + well.normal(0.08 * edge, 0.12, 3) + site.normal(0, 0.05, 3))
     background = 220 * np.exp(batch.normal(0, 0.2, 3) + plate.normal(0, 0.15, 3) + well.normal(0.1 * edge, 0.1, 3))
     density = np.exp(batch.normal(0, 0.08) + plate.normal(0, 0.08) + well.normal(-0.15 * edge, 0.15))
-    blur = 0.6 + 0.25 * abs(plate.normal()) + 0.25 * abs(well.normal()) + 0.15 * abs(site.normal())
+    blur = 0.5 + 0.2 * abs(plate.normal()) + 0.2 * abs(well.normal()) + 0.1 * abs(site.normal())
     return Conditions(gain, background, plate.normal(0, (0.12, 0.12, 0.05, 0.05, 0.05), (3, 5)), noise=float(plate.uniform(0.6, 1.6)),
-                      blur_px=float(min(blur, 1.8)), density=float(np.clip(density, 0.6, 1.5)), size=float(np.exp(batch.normal(0, 0.05))))
+                      blur_px=float(min(blur, 1.5)), density=float(np.clip(density, 0.55, 1.25)), size=float(np.exp(batch.normal(0, 0.05))))
 
 
 def shading_field(parameters: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -95,7 +95,7 @@ def _positions(density: float, height: int, width: int, rng: np.random.Generator
             point = found[rng.integers(len(found))] + rng.uniform(55, 80) * np.array([np.sin(direction), np.cos(direction)])
         else:
             point = rng.random(2) * (rows, columns)
-        if (0 <= point).all() and (point < (rows, columns)).all() and (not len(found) or np.hypot(*(found - point).T).min() > 48):
+        if (0 <= point).all() and (point < (rows, columns)).all() and (np.hypot(*(found - point).T).min(initial=np.inf) > 48):
             found = np.vstack([found, point])
     return [(int(y) + MARGIN_PX, int(x) + MARGIN_PX) for y, x in found]
 

@@ -61,8 +61,8 @@ def fields_of_view(preset: Preset, seed: int, control: str) -> list[Field]:
         for well, treatment in sorted(zip(wells, contents, strict=True), key=lambda pair: pair[0]):
             replicates[treatment] += 1
             for site in range(1, preset.sites + 1):
-                names = tuple(f"{FILE_PREFIXES[(batch - 1) % 10]}{well}_s{site}_w{wavelength}{_guid(seed, number, well, site, wavelength)}.tif"
-                              for _, wavelength in CHANNELS)
+                stem = f"{FILE_PREFIXES[(batch - 1) % 10]}{well}_s{site}_w"
+                names = tuple(f"{stem}{wavelength}{_guid(seed, number, well, site, wavelength)}.tif" for _, wavelength in CHANNELS)
                 found.append(Field(batch, number, f"Week{batch}_{22123 + 2000 * (batch - 1) + 20 * index}", well, site,
                                    replicates[treatment], treatment, names))
     return found
@@ -70,7 +70,7 @@ def fields_of_view(preset: Preset, seed: int, control: str) -> list[Field]:
 
 def _deal(preset: Preset, plates: int, rng: np.random.Generator) -> list[list[Treatment]]:
     if preset.replicates > plates:
-        raise ConfigError(f"simulate.replicates must be at most the number of plates, {plates}, since replicates stand on different plates. "
+        raise ConfigError(f"simulate.replicates must be at most the number of plates, {plates}: replicates stand on different plates. "
                           f"Got {preset.replicates} instead; raise simulate.batches or simulate.plates_per_batch.")
     dealt: list[list[Treatment]] = [[] for _ in range(plates)]
     wanted = treatments(preset.moas, preset.compounds_per_moa, preset.concentrations)

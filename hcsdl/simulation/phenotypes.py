@@ -39,8 +39,9 @@ PHENOTYPES: dict[str, tuple[tuple[float, Look], ...]] = {
     "Microtubule stabilizers": ((0.8, Look("shards", 1.1, tubulin="bundle")), (0.2, replace(_ROUND, nucleus="clump", tubulin="bundle"))),
     "Actin disruptors": ((0.8, Look("oval", arms=5, arm_depth=0.4, actin="puncta", rim=0.05)),
                          (0.2, Look("pair", arms=5, arm_depth=0.35, actin="puncta", rim=0.05))),
-    "Eg5 inhibitors": ((0.75, replace(_ROUND, nucleus="rosette", tubulin="aster")), (0.25, Look("lobed", 1.1))),
-    "Aurora kinase inhibitors": ((0.85, Look("lobed", 1.7, "fine", body_size=1.25, actin="arc")), (0.15, Look("pair", 1.2, "fine", body_size=1.2))),
+    "Eg5 inhibitors": ((0.85, replace(_ROUND, nucleus="rosette", tubulin="aster")), (0.15, Look("lobed", 1.1))),
+    "Aurora kinase inhibitors": ((0.85, Look("lobed", 1.7, "fine", body_size=1.25, actin="arc")),
+                                 (0.15, Look("pair", 1.2, "fine", body_size=1.2))),
     "Epithelial": ((1.0, Look(body_size=0.9, elongation=1.1, arms=6, arm_depth=0.04, tubulin="fine", actin="smooth", rim=0.8)),),
     "Microtubule destabilizers": ((0.6, Look("lobed", 0.95, tubulin="haze", arms=5, arm_depth=0.15)),
                                   (0.4, replace(_ROUND, nucleus="clump", tubulin="haze"))),
@@ -60,6 +61,6 @@ def looks(moa: str, compound: str) -> tuple[tuple[float, Look], ...]:
     rng = np.random.default_rng(zlib.crc32(compound.encode()))
     shares = np.array([share for share, _ in PHENOTYPES[moa]]) * rng.uniform(0.8, 1.25, len(PHENOTYPES[moa]))
     nucleus, body, length, rim = rng.uniform(0.92, 1.08, 4)
-    changed = [replace(look, nucleus_size=look.nucleus_size * nucleus, body_size=look.body_size * body, elongation=max(1.0, look.elongation * length),
-                       rim=min(0.9, look.rim * rim)) for _, look in PHENOTYPES[moa]]
+    changed = [replace(look, nucleus_size=look.nucleus_size * nucleus, body_size=look.body_size * body,
+                       elongation=max(1.0, look.elongation * length), rim=min(0.9, look.rim * rim)) for _, look in PHENOTYPES[moa]]
     return tuple(zip((shares / shares.sum()).tolist(), changed, strict=True))

@@ -1,0 +1,1 @@
+"""The tests, in the package's folders; `system/` holds whole runs."""

@@ -1,0 +1,97 @@
+"""What the machine says of itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hcsdl.machine import cores
+from hcsdl.machine.memory import peak_rss_gib
+from hcsdl.machine.process import held_back_output, rank_environment
+from tests.runs import alive
+
+pytestmark = pytest.mark.xeon_only
+
+
+def test_usable_cores_follow_the_affinity() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert cores.usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert 1 <= cores.usable_cores() <= len(allowed)
+
+
+def test_usable_cores_follow_the_quota_and_count_siblings_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr(cores, "_siblings", lambda cpu: str(cpu // 2))
+    monkeypatch.setattr(cores, "_cgroup_quota", lambda: float("inf"))
+    assert cores.usable_cores() == 8
+    monkeypatch.setattr(cores, "_cgroup_quota", lambda: 2.5)
+    assert cores.usable_cores() == 3
+
+
+@pytest.mark.parametrize(("count", "nodes", "ranks"), [(1, 1, 1), (2, 1, 2), (40, 1, 2), (40, 4, 4)])
+def test_default_ranks(count: int, nodes: int, ranks: int) -> None:
+    assert cores.default_ranks(count, nodes) == ranks
+
+
+def test_processor_names_its_bf16_instructions() -> None:
+    named = cores.processor()
+    assert all(flag.upper() in named for flag in cores.bf16_flags())
+
+
+def test_rank_environment_sets_the_threads() -> None:
+    assert rank_environment(3)["OMP_NUM_THREADS"] == "3"
+
+
+def test_freed_memory_is_kept_and_by_default_is_not() -> None:
+    script = """
+import sys
+from hcsdl.machine.memory import keep_freed_memory
+import numpy as np
+if sys.argv[1] == "keep": assert keep_freed_memory()
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096
+for _ in range(3): block = np.ones(200 * 2**20, np.uint8); del block
+print(resident() > 200 * 2**20)
+"""
+    said = [subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True).stdout.strip() for how in ("keep", "system")]
+    assert said == ["True", "False"]
+
+
+def test_peak_rss_is_of_this_process() -> None:
+    assert 0.01 < peak_rss_gib() < 100
+
+
+def test_a_child_dies_with_its_parent() -> None:
+    child = "import os, sys, time; from hcsdl.machine.process import die_with_parent; die_with_parent(int(sys.argv[1])); print(os.getpid(), flush=True); time.sleep(100)"
+    parent = f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}, str(os.getpid())]); time.sleep(100)"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    pid = int(process.stdout.readline())
+    assert alive(pid)
+    process.kill()
+    process.wait()
+    for _ in range(500):
+        if not alive(pid):
+            break
+        time.sleep(0.02)
+    assert not alive(pid)
+
+
+def test_held_back_output_is_shown_only_where_something_fails() -> None:
+    script = "import os, sys\nfrom hcsdl.machine.process import held_back_output\nwith held_back_output():\n    os.write(1, b'noise'); print('more')\n    if sys.argv[1] == 'fail': raise ValueError\nprint('done')"
+    calm = subprocess.run([sys.executable, "-c", script, "calm"], capture_output=True, text=True, check=True)
+    assert (calm.stdout, calm.stderr) == ("done\n", "")
+    failed = subprocess.run([sys.executable, "-c", script, "fail"], capture_output=True, text=True, check=False)
+    assert "noise" in failed.stderr and "more" in failed.stderr and failed.returncode == 1
+
+
+def test_held_back_output_is_given_back() -> None:
+    with held_back_output():
+        pass
+    os.write(1, b"")
