@@ -4,11 +4,12 @@ In: fields of one plate. Out: a coarse grid whose bilinear up-sampling is the sh
 ``(image - offset) / shading`` is even. Promised: from 50 fields, sparse or confluent, a smooth multiplicative shading is recovered to
 5 %; so it is with a camera offset, if the background's brightness differs from field to field, else the offset is taken as 0.
 
-Method: the retrospective multi-image correction of Singh et al. 2014 (J. Microsc. 256:231, doi:10.1111/jmi.12178) and of CellProfiler's
-CorrectIlluminationCalculate, which smooth the fields' median or mean at each place. Departures: each field is first averaged into a
-coarse grid (a plate's stack then takes megabytes, not gigabytes); fields are made equally bright; only their darker part counts, since where
-cells cover half of a field its median is background here and cell there (plain median and mean were wrong by 10 to 50 % in corners of
-simulated plates); the Gaussian window fits a parabola, not a constant, and so has no bias at the border; and the offset.
+Method: the retrospective multi-image correction of Singh et al. 2014 (J. Microsc. 256:231, doi:10.1111/jmi.12178) and of
+CellProfiler's CorrectIlluminationCalculate, which smooth the fields' median or mean at each place. Departures: each field is first
+averaged into a coarse grid (a plate's stack then takes megabytes, not gigabytes); fields are made equally bright; only their darker
+part counts, since where cells cover half of a field the median is background here and cell there (plain median and mean were wrong by
+10 to 50 % in corners of simulated plates); the Gaussian window fits a parabola, not a constant, and so has no bias at the border;
+and the offset.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def coarse_grid(image: np.ndarray) -> np.ndarray:
 
 
 def smooth(grid: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
-    """Return (h, w) float64 values, each replaced by the value of a parabola fitted around it under a Gaussian window, times `weight` (h, w).
+    """Return (h, w) float64 values, each replaced by that of a parabola fitted around it, under a Gaussian window times `weight` (h, w).
 
     Local quadratic regression in two dimensions (Fan & Gijbels 1996, Local Polynomial Modelling, chapter 3): with window weights w and
     monomials m of the distance, the coefficients solve ``(sum w m mᵀ) b = sum w m value``; b₀ is the fit at the centre. Window and
@@ -71,8 +72,8 @@ def _fit_channel(values: np.ndarray, how: str) -> tuple[np.ndarray, float]:
         dark = flat < DARKER * level
         count = dark.sum(axis=0)
         part = np.where(dark, values / level, np.nan)
-        part[0, count == 0] = 0  # of no weight, and no warning
-        shading = _even(smooth(middle(part, axis=0), count.astype(float)))
+        part[0, count == 0] = shading[count == 0]  # where it is never dark the last estimate stands, with little weight
+        shading = _even(smooth(middle(part, axis=0), count + 0.01))
     stretch, level = _stretch(values, shading, dark)
     return np.maximum(1 + stretch * (shading - 1), FLOOR), level * (1 - 1 / stretch)
 
@@ -82,12 +83,12 @@ def _even(shading: np.ndarray) -> np.ndarray:
 
 
 def _stretch(values: np.ndarray, shading: np.ndarray, dark: np.ndarray) -> tuple[float, float]:
-    """Return by how much the true shading is more uneven than it looks because of a camera offset, at least 1, and the mean level of the fields.
+    """Return how much more uneven the true shading is than it looks because of a camera offset, at least 1, and the fields' mean level.
 
     Background is ``offset + s B`` with the true shading s, mean 1, and the field's brightness B. Over the fields its mean looks like the
-    shading ``S = (offset + s mean(B)) / level``, with ``level = offset + mean(B)``, flatter than s; but where B is brighter by d, it is brighter
-    by ``s d``. So ``value - S level - d = k (S - 1) d`` with ``k = level / mean(B)``, ``s = 1 + k (S - 1)``, and k is a regression through the
-    origin. Its standard error takes each field as one observation (Cameron & Miller 2015, J. Hum. Resour. 50:317).
+    shading ``S = (offset + s mean(B)) / level``, with ``level = offset + mean(B)``, flatter than s; but where B is brighter by d, it is
+    brighter by ``s d``. So ``value - S level - d = k (S - 1) d`` with ``k = level / mean(B)`` and ``s = 1 + k (S - 1)``: k is the slope of
+    a regression through the origin. Its standard error takes each field as one observation (Cameron & Miller 2015, J. Hum. Resour. 50:317).
     """
     flat = np.where(dark, values / shading, np.nan)
     levels = np.array([np.nanmedian(one) if (~np.isnan(one)).any() else 0 for one in flat])[:, None, None]

@@ -260,7 +260,7 @@ class EvalLoader(_Loader):
         self.rows, self.mini_batch_size = np.asarray(rows, dtype=np.int64), mini_batch_size
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.mini_batch_size)
+        return len(range(0, len(self.rows), self.mini_batch_size))
 
     def __iter__(self) -> Iterator[MiniBatch]:
         starts = range(0, len(self.rows), self.mini_batch_size)

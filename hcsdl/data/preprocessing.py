@@ -355,7 +355,7 @@ def _read_cache(path: Path, index: Index) -> Preprocessing | None:
     """Return what the file holds; None if there is none, or it is corrupt or older than the first image of a plate."""
     try:
         written = path.stat().st_mtime
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             state = json.loads(str(stored["state"]))
             arrays = {name: stored.get(name) for name in _ARRAYS}
         state |= {name: None if array is None else {"shape": array.shape, "float32": array.tobytes()} for name, array in arrays.items()}

@@ -20,10 +20,10 @@ KINDS: dict[str, tuple[float, float, float | None]] = {
     "fine": (2.2, 2.2, None),
     "grain": (1.4, 1.4, None),
     "mesh": (5.0, 5.0, 0.16),
-    "haze": (9.0, 9.0, None),
-    "bundle": (26.0, 6.0, 0.32),
+    "haze": (12.0, 12.0, None),
+    "bundle": (28.0, 4.0, 0.3),
     "fibre": (40.0, 2.2, None),
-    "puncta": (2.6, 2.6, None),
+    "puncta": (3.2, 3.2, None),
     "arc": (18.0, 5.0, 0.2),
 }
 _ISOTROPIC = {"smooth", "fine", "grain", "mesh", "haze", "puncta"}

@@ -82,13 +82,13 @@ def score_wells(logits: Tensor, labels: Tensor, wells: Sequence[Hashable], class
     well = torch.from_numpy(codes.astype(np.int64))
     if len(well) != len(labels):
         raise DataError(f"Every field needs its well. Got {len(well)} wells for {len(labels)} fields.")
+    # Only the largest logit counts, and it is the same one in the sum as in the mean.
     sums = torch.zeros(len(names), logits.shape[1]).index_add_(0, well, logits.float().cpu())
-    sites = torch.bincount(well, minlength=len(names))
     well_labels = torch.zeros(len(names), dtype=torch.int64).index_copy_(0, well, labels.cpu())
     torn = (well_labels[well] != labels.cpu()).nonzero().flatten()
     if len(torn):
         raise DataError(f"The sites of a well must have one label. Well {names[codes[torn[0]]]} has several.")
-    return score_fields(sums / sites[:, None], well_labels, classes, unit="wells")
+    return score_fields(sums, well_labels, classes, unit="wells")
 
 
 def format_scores(scores: Scores, split: str, *, leaky: bool = False, baseline: float | None = None) -> str:

@@ -29,7 +29,8 @@ def make(channels: int = 3, *, shading: bool = True, crop_px=None, downsample: i
     offset, scale = random.uniform(50, 300, (1, channels)).astype(np.float32), random.uniform(0.01, 0.1, (1, channels)).astype(np.float32)
     return Preprocessing(
         channels=tuple("abcdef"[:channels]), plates=("p",), offset=offset, scale=scale, pooled_offset=offset[0] + 1,
-        pooled_scale=scale[0] * 2, dark=offset / 3, pooled_dark=offset[0] / 4, shading=grids, pooled_shading=None if grids is None else grids[0] * 1.1,
+        pooled_scale=scale[0] * 2, dark=offset / 3, pooled_dark=offset[0] / 4,
+        shading=grids, pooled_shading=None if grids is None else grids[0] * 1.1,
         plates_without_control=(), illumination="median", intensity="dmso_meansd", control="DMSO", crop_px=crop_px, downsample=downsample)
 
 
