@@ -13,15 +13,17 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from hcsdl.config import ConfigError, DataError, PlatesConfig, TrainCommand
-from hcsdl.data.measure import measure_index
+from hcsdl.data.measure import breaks_training, measure_index
 from hcsdl.data.preprocessing import Preprocessing, fit_preprocessing
 from hcsdl.data.reading import read_header
+from hcsdl.data.sampling import Sampler
 from hcsdl.machine.cores import default_ranks, numa_nodes, usable_cores
-from hcsdl.plates.index import Index, cache_folder, content_hash, read_index
-from hcsdl.plates.splits import LEAKY, describe, split_fields
+from hcsdl.plates.index import Index, cache_folder, find_images, read_index
+from hcsdl.plates.splits import LEAKY, describe, split_fields, target_column, target_labels
 from hcsdl.training.baseline import baseline_scores
 from hcsdl.training.run_folder import SCHEMA_VERSION, RunFolder, write_json
 
@@ -81,15 +83,6 @@ def check_batch(config: TrainCommand, ranks: int) -> None:
         raise ConfigError(f"training.mini_batch_size must divide a rank's share of the global batch, {batch // ranks}. Got {mini} instead.")
 
 
-def target_column(table: pd.DataFrame, target: str) -> str:
-    """Return the index's column for a target such as `MoA`, `treatment` or `Metadata_Compound`, whatever its case. Raises ConfigError."""
-    wanted = target.lower().removeprefix("metadata_")
-    columns = {c.removeprefix("Metadata_").lower(): c for c in table if c.startswith("Metadata_")}
-    if wanted not in columns:
-        raise ConfigError(f"training.target must be one of {', '.join(sorted(c.removeprefix('Metadata_') for c in columns.values()))}. Got {target!r} instead.")
-    return columns[wanted]
-
-
 def prepare(config: TrainCommand, folder: RunFolder, resume_from: Path | None) -> tuple[Plan, Index, Preprocessing]:
     """Do everything that comes before the ranks; write index and plan into the run folder. Raises ConfigError, DataError."""
     index, target = labelled_index(config)
@@ -103,14 +96,15 @@ def prepare(config: TrainCommand, folder: RunFolder, resume_from: Path | None) -
 
     table = index.table
     val, train = table[table["Metadata_Split"] == "val"], table[table["Metadata_Split"] == "train"]
-    classes = sorted(train[target].astype(str).unique())
-    unseen = sorted(set(val[target].astype(str)) - set(classes))
+    classes = sorted(train["Metadata_Class"].unique())
+    unseen = sorted(set(val["Metadata_Class"]) - set(classes))
     if unseen:
         raise DataError(f"every class held out must also be in train. {', '.join(unseen[:5])} are not, with plates.split={config.plates.split}; change it.")
+    make_sampler(config, index, classes)  # refuses a global batch larger than the fields, before anything is computed
     field_accuracy, well_accuracy = None, None
     if config.training.baseline:
         simple = features[[c for c in features if c.startswith(("Intensity_", "Count_"))]]
-        field_accuracy, well_accuracy = baseline_scores(simple, table, table["Metadata_Split"], target, config.plates.control)
+        field_accuracy, well_accuracy = baseline_scores(simple, table, table["Metadata_Split"], "Class", config.plates.control)
     preprocessing = fit_preprocessing(index, config.data, config.plates.control, cache, True, usable_cores())
     shape, _ = read_header(index.paths(0)[0])
     plan = Plan(
@@ -126,7 +120,7 @@ def prepare(config: TrainCommand, folder: RunFolder, resume_from: Path | None) -
         baseline_accuracy=field_accuracy,
         baseline_well_accuracy=well_accuracy,
         skipped_fields=skipped,
-        index_hash=content_hash(table, index.channels),
+        index_hash=index.hash,
         cache=str(cache),
         resume_from=str(resume_from) if resume_from else None,
     )
@@ -135,18 +129,21 @@ def prepare(config: TrainCommand, folder: RunFolder, resume_from: Path | None) -
 
 
 def labelled_index(config: TrainCommand) -> tuple[Index, str]:
-    """Return the index of the fields that have a label of the target, and the target's column. The MoA file is read only where it is needed."""
+    """Return the index of the fields that have a class, which is its column `Metadata_Class`, and the target's column.
+
+    The MoA file is read only where it is needed. With data.on_bad_image=skip a missing file is left to be counted with the broken ones.
+    """
     moa = config.training.target.lower().removeprefix("metadata_") == "moa" or config.plates.split == "compound_folds"
-    index = read_index(config.plates, moa=moa)
+    index = read_index(config.plates, moa=moa, files=config.data.on_bad_image == "raise")
+    if config.data.on_bad_image == "skip":
+        index, _ = find_images(index)
     for note in index.notes:
         log.info("%s", note)
-    target = target_column(index.table, config.training.target)
-    labelled = index.table[target].notna()
-    if not labelled.any():
-        raise DataError(f"at least one field must have a {target}. None of {len(labelled)} in {index.root} has one; check the MoA file, or change training.target.")
+    target, classes = target_column(index.table, config.training.target), target_labels(index.table, config.training.target)
+    labelled = classes.notna()
     if not labelled.all():
         log.info("%d of %d fields have no %s and are left out.", (~labelled).sum(), len(labelled), target)
-    return index.select(labelled), target
+    return replace(index, table=index.table.assign(Metadata_Class=classes)).select(labelled), target
 
 
 def usable_cache(config: PlatesConfig, folder: RunFolder) -> Path:
@@ -170,7 +167,10 @@ def measured(config: TrainCommand, index: Index, cache: Path) -> tuple[Index, pd
     """
     level = "pixels" if config.training.baseline else "files"
     found = measure_index(index, level=level, workers=usable_cores(), cache=cache, progress=True)
-    bad = found["QC_Problem"].notna()
+    bad = breaks_training(found["QC_Problem"])
+    saturated = found["QC_Problem"].notna() & ~bad
+    if saturated.any():
+        log.info("%d fields have saturated pixels and are kept: `hcsdl check check.level=pixels` lists them.", saturated.sum())
     names = [index.field_name(row) for row in bad.to_numpy().nonzero()[0]]
     sentences = "; ".join(f"{name}: {problem}" for name, problem in zip(names[:5], found["QC_Problem"][bad], strict=False))
     more = f" (+{len(names) - 5} more)" if len(names) > 5 else ""
@@ -188,3 +188,24 @@ def split_column(config: TrainCommand, index: Index, target: str) -> pd.Series:
     seed = config.seed if config.plates.split_seed is None else config.plates.split_seed
     plates = config.plates
     return split_fields(index.table, kind=plates.split, target=target, val_fraction=plates.val_fraction, fold=plates.fold, seed=seed)
+
+
+def class_numbers(index: Index, classes: list[str]) -> np.ndarray:
+    """Return each field's class as its place in `classes`, int64 (N,)."""
+    number = {name: i for i, name in enumerate(classes)}
+    return np.array([number[name] for name in index.table["Metadata_Class"]], dtype=np.int64)
+
+
+def make_sampler(config: TrainCommand, index: Index, classes: list[str]) -> Sampler:
+    """Return the sampler over the training fields of a prepared index. Raises ConfigError where there are too few for a global batch."""
+    rows = (index.table["Metadata_Split"] == "train").to_numpy().nonzero()[0]
+    return Sampler(
+        rows,
+        [index.field_name(row) for row in rows],
+        class_numbers(index, classes)[rows],
+        list(index.table["Metadata_Treatment"].iloc[rows].astype(str)),
+        sampling=config.data.sampling,
+        cap=config.data.cap,
+        global_batch_size=config.training.global_batch_size,
+        seed=config.seed,
+    )

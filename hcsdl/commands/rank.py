@@ -40,7 +40,7 @@ def run_rank(path: Path) -> int:
         code = getattr(error, "exit_code", 1)
         if code == 1 and not isinstance(error, OSError):
             log.exception("rank %d of %d failed", identity.rank, identity.world_size)
-        elif identity.rank == 0 or code not in (3, 4, 75):  # what every rank would say alike, rank 0 says
+        elif identity.rank == 0 or code not in (2, 3, 4, 75):  # what every rank would say alike, rank 0 says
             log.error("hcsdl: %s", error)
         _leave(code)
     _leave(0)

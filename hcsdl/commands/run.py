@@ -12,11 +12,11 @@ import safetensors.torch
 import torch
 
 from hcsdl.commands.compose import config_hash, to_yaml
-from hcsdl.commands.prepare import load_plan
+from hcsdl.commands.prepare import class_numbers, load_plan, make_sampler
 from hcsdl.config import DataError, TrainCommand
 from hcsdl.data.loading import EvalLoader, TrainLoader
 from hcsdl.data.preprocessing import Preprocessing, fit_preprocessing
-from hcsdl.data.sampling import Sampler, evaluation_rows
+from hcsdl.data.sampling import evaluation_rows
 from hcsdl.distributed.group import Group
 from hcsdl.distributed.identity import Identity
 from hcsdl.kernels import choose_kernels
@@ -58,8 +58,8 @@ class Run:
             self.preprocessing = fit_preprocessing(self.index, config.data, config.plates.control, Path(self.plan.cache), False, 1)
         else:
             self.preprocessing = Preprocessing.from_state_dict(checkpoint.preprocessing)
-        self.labels = self._labels()
-        self.sampler = self._sampler()
+        self.labels = torch.from_numpy(class_numbers(self.index, self.plan.classes))
+        self.sampler = make_sampler(config, self.index, self.plan.classes)
         self.steps_per_epoch = self.sampler.pass_length / config.training.global_batch_size
         self.planned_steps = math.ceil(config.training.epochs * self.steps_per_epoch - 1e-9)
         self.total_steps = min(self.planned_steps, config.training.max_steps or self.planned_steps)
@@ -87,24 +87,6 @@ class Run:
                             "the plates have changed; restore them, or name another run_dir.")
         self.group.check_equal("checkpoint", checkpoint.step)
         return checkpoint, foreign
-
-    def _labels(self) -> torch.Tensor:
-        number = {name: i for i, name in enumerate(self.plan.classes)}
-        return torch.tensor([number[str(value)] for value in self.index.table[self.plan.target]], dtype=torch.int64)
-
-    def _sampler(self) -> Sampler:
-        table, data = self.index.table, self.config.data
-        rows = (table["Metadata_Split"] == "train").to_numpy().nonzero()[0]
-        return Sampler(
-            rows,
-            [self.index.field_name(row) for row in rows],
-            self.labels.numpy()[rows],
-            list(table["Metadata_Treatment"].iloc[rows].astype(str)),
-            sampling=data.sampling,
-            cap=data.cap,
-            global_batch_size=self.config.training.global_batch_size,
-            seed=self.config.seed,
-        )
 
     def _build(self, checkpoint: Checkpoint | None, foreign: bool) -> None:
         config = self.config

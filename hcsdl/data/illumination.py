@@ -64,7 +64,7 @@ def smooth(grid: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
 
 def _fit_channel(values: np.ndarray, how: str) -> tuple[np.ndarray, float]:
     """Return the shading (h, w), mean 1, and the camera's offset from one channel's grids (fields, h, w)."""
-    shading = _even(smooth(np.quantile(values, LOW, axis=0)))
+    shading = np.ones(values.shape[1:])
     middle = np.nanmedian if how == "median" else np.nanmean
     for _ in range(ROUNDS):
         flat = values / shading
