@@ -172,7 +172,7 @@ def measured(config: TrainCommand, index: Index, cache: Path) -> tuple[Index, pd
     if saturated.any():
         log.info("%d fields have saturated pixels and are kept: `hcsdl check check.level=pixels` lists them.", saturated.sum())
     names = [index.field_name(row) for row in bad.to_numpy().nonzero()[0]]
-    sentences = "; ".join(f"{name}: {problem}" for name, problem in zip(names[:5], found["QC_Problem"][bad], strict=False))
+    sentences = "; ".join(f"{name}: {problem.rstrip('.')}" for name, problem in zip(names[:5], found["QC_Problem"][bad], strict=False))
     more = f" (+{len(names) - 5} more)" if len(names) > 5 else ""
     if names and config.data.on_bad_image == "raise":
         raise DataError(f"every image must be usable. {len(names)} fields are not: {sentences}{more}. Mend them, or set data.on_bad_image=skip.")

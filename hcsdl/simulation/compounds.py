@@ -53,7 +53,8 @@ def treatments(moas: int, compounds_per_moa: int, concentrations: int) -> list[T
 def active_fraction(compound: str, moa: str, concentration: float) -> float:
     """Return the fraction of cells that a compound at a concentration (µM) changes, before `simulate.effect`.
 
-    A Hill curve with slope 1 whose midpoint is a twentieth of the compound's first concentration (guess): 0.95 there, 0.87 at a third of it.
+    A Hill curve with slope 1 whose midpoint is a twentieth of the compound's first concentration (guess): 0.95 there, 0.87 at a
+    third of it.
     """
     midpoint = COMPOUNDS[moa][compound][0] / 20
     return concentration / (concentration + midpoint)

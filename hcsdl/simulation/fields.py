@@ -21,6 +21,7 @@ BRIGHTNESS = np.array([900.0, 700.0, 650.0], np.float32)  # mean over an untreat
 AROUND_PX = 45  # cells centred this far outside the field are drawn too, in part
 PAD_PX = MARGIN_PX + AROUND_PX
 OFFSET = 30.0  # of the camera, in grey levels
+_EDGE, _LEVELS = 0.05, np.linspace(0, 1, 65)
 _BATCH, _PLATE, _WELL, _FIELD = 3, 4, 5, 6  # first words of the seeds of what is random here
 
 
@@ -44,12 +45,12 @@ def conditions(seed: int, field: Field) -> Conditions:
     well = np.random.default_rng([seed, _WELL, field.plate, *field.well.encode()])
     site = np.random.default_rng([seed, _WELL, field.plate, *field.well.encode(), field.site])
     edge = field.well[0] in (ROWS[0], ROWS[-1]) or int(field.well[1:]) in (COLUMNS[0], COLUMNS[-1])
-    gain = np.exp(batch.normal(0, 0.2, 3) + plate.normal(0, 0.2, 3) + well.normal(0.08 * edge, 0.12, 3) + site.normal(0, 0.05, 3))
-    background = 220 * np.exp(batch.normal(0, 0.2, 3) + plate.normal(0, 0.15, 3) + well.normal(0.1 * edge, 0.1, 3))
-    density = np.exp(batch.normal(0, 0.08) + plate.normal(0, 0.08) + well.normal(-0.15 * edge, 0.15))
+    gain = np.exp(batch.normal(0, 0.2, 3) + plate.normal(0, 0.2, 3) + well.normal(0.08 * edge, 0.09, 3) + site.normal(0, 0.04, 3))
+    background = 220 * np.exp(batch.normal(0, 0.2, 3) + plate.normal(0, 0.15, 3) + well.normal(0.1 * edge, 0.08, 3))
+    density = np.exp(batch.normal(0, 0.08) + plate.normal(0, 0.08) + well.normal(-0.15 * edge, 0.13))
     blur = 0.5 + 0.2 * abs(plate.normal()) + 0.2 * abs(well.normal()) + 0.1 * abs(site.normal())
     return Conditions(gain, background, plate.normal(0, (0.12, 0.12, 0.05, 0.05, 0.05), (3, 5)), noise=float(plate.uniform(0.6, 1.6)),
-                      blur_px=float(min(blur, 1.5)), density=float(np.clip(density, 0.55, 1.25)), size=float(np.exp(batch.normal(0, 0.05))))
+                      blur_px=float(min(blur, 1.5)), density=float(np.clip(density, 0.6, 1.25)), size=float(np.exp(batch.normal(0, 0.05))))
 
 
 def shading_field(parameters: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -67,25 +68,37 @@ def draw_field(seed: int, field: Field, effect: float, height: int, width: int) 
     base = np.random.SeedSequence([seed, _FIELD, field.plate, *field.well.encode(), field.site])
     places, kinds, cells, noise = base.spawn(4)
     canvases = np.zeros((3, height + 2 * PAD_PX, width + 2 * PAD_PX), np.float32)
-    positions = _positions(about.density, height, width, np.random.default_rng(places))
-    chosen = _choose(field, effect, len(positions), np.random.default_rng(kinds))
-    for (y, x), look, one in zip(positions, chosen, cells.spawn(len(positions)), strict=True):
+    centres = positions(about.density, height, width, np.random.default_rng(places))
+    chosen = _choose(field, effect, len(centres), np.random.default_rng(kinds))
+    for (y, x), look, one in zip(centres, chosen, cells.spawn(len(centres)), strict=True):
         draw_cell(canvases, y, x, look, np.random.default_rng(one))
     rng = np.random.default_rng(noise)
     images = np.empty((3, height, width), np.uint16)
     for channel in range(3):
         signal = gaussian_filter(canvases[channel, PAD_PX:-PAD_PX, PAD_PX:-PAD_PX], about.blur_px, truncate=2.5)
-        light = signal * np.float32(BRIGHTNESS[channel] * about.gain[channel]) + np.float32(about.background[channel])
+        light = _even_out(signal) * np.float32(BRIGHTNESS[channel] * about.gain[channel]) + np.float32(about.background[channel])
         light *= shading_field(about.shading[channel], height, width)
         light += np.sqrt(light) * np.float32(about.noise) * rng.standard_normal(light.shape, np.float32) + np.float32(OFFSET)
         images[channel] = np.clip(np.rint(light), 0, 65535)
     return images
 
 
-def _positions(density: float, height: int, width: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+def _even_out(signal: np.ndarray) -> np.ndarray:
+    """Give the pixels that belong to cells the same histogram in every field, so that a class shows in shapes, not in brightness.
+
+    `signal` is float32 (rows, columns), changed in place; the order of its values stays, background stays.
+    """
+    inside = signal > _EDGE
+    values = signal[inside]
+    if values.size:
+        signal[inside] = np.interp(values, np.quantile(values[::7], _LEVELS), _EDGE + 2.6 * _LEVELS**1.6)
+    return signal
+
+
+def positions(density: float, height: int, width: int, rng: np.random.Generator) -> list[tuple[int, int]]:
     """Return the centres (row, column, on the padded canvas) of the cells, kept apart, some of them just outside the field."""
     rows, columns = height + 2 * AROUND_PX, width + 2 * AROUND_PX
-    count = max(1, rng.poisson(CELLS_PER_PX * density * rows * columns))
+    count = max(1, round(CELLS_PER_PX * density * rows * columns))
     found = np.empty((0, 2))
     for _ in range(8 * count):
         if len(found) == count:
@@ -95,7 +108,7 @@ def _positions(density: float, height: int, width: int, rng: np.random.Generator
             point = found[rng.integers(len(found))] + rng.uniform(55, 80) * np.array([np.sin(direction), np.cos(direction)])
         else:
             point = rng.random(2) * (rows, columns)
-        if (0 <= point).all() and (point < (rows, columns)).all() and (np.hypot(*(found - point).T).min(initial=np.inf) > 48):
+        if (point >= 0).all() and (point < (rows, columns)).all() and np.hypot(*(found - point).T).min(initial=np.inf) > 48:
             found = np.vstack([found, point])
     return [(int(y) + MARGIN_PX, int(x) + MARGIN_PX) for y, x in found]
 

@@ -246,6 +246,13 @@ def test_second_fit_reads_no_image_and_other_settings_fit_anew(tmp_path):
         fit(index.select(list(range(len(index.table) - 1))), cache)
 
 
+def test_plates_of_the_same_names_elsewhere_are_other_plates(tmp_path):
+    cache = tmp_path / "cache"
+    one, other = (screen(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "other")))
+    assert one.hash == other.hash
+    assert (fit(one, cache).offset != fit(other, cache).offset).any()
+
+
 def test_shading_is_cached_too(tmp_path):
     index, cache = screen(tmp_path / "plates", plates=1, wells=25), tmp_path / "cache"
     first = fit(index, cache, illumination="median")

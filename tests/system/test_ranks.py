@@ -1,0 +1,146 @@
+"""Ranks are a matter of speed, not of numbers; and every way to start them works."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import hcsdl
+import hcsdl.config
+import hcsdl.models
+from tests import runs
+
+EXPERIMENTS = sorted(p.stem for p in (Path(__file__).parents[2] / "conf" / "experiment").glob("*.yaml"))
+
+
+def test_two_ranks_equal_one_rank_with_twice_the_mini_batch(tiny_plates: Path, tmp_path: Path) -> None:
+    words = ["model=mcnn", "model.head=pool", "model.width=0.5", "kernels=reference", "training.max_steps=5", "training.global_batch_size=4",
+             "training.learning_rate=0.02", "training.warmup_epochs=0"]  # fmt: skip
+    for ranks in (1, 2):
+        runs.train(tiny_plates, tmp_path / str(ranks), *words, f"distributed.ranks={ranks}")
+    one, two = (safetensors.torch.load_file(tmp_path / ranks / "model.safetensors") for ranks in ("1", "2"))
+    start = hcsdl.models.build_model(hcsdl.config.ModelConfig(name="mcnn", head="pool", width=0.5), 3, 4)
+    assert any(not torch.equal(one[name], value) for name, value in start.state_dict().items()), "nothing was trained"
+    far = max(float((one[name] - two[name]).norm() / one[name].norm()) for name in one)
+    print("largest relative difference:", far)
+    assert far < 1e-6
+    assert runs.summary(tmp_path / "2")["world_size"] == 2
+
+
+def test_accumulation_equals_one_mini_batch(tiny_plates: Path, tmp_path: Path) -> None:
+    words = ["model=mcnn", "model.head=pool", "model.width=0.5", "kernels=reference", "training.max_steps=3", "distributed.ranks=2"]
+    for mini in ("1", "2"):
+        runs.train(tiny_plates, tmp_path / mini, *words, f"training.mini_batch_size={mini}")
+    one, two = (safetensors.torch.load_file(tmp_path / mini / "model.safetensors") for mini in ("1", "2"))
+    assert max(float((one[name] - two[name]).norm() / one[name].norm()) for name in one) < 1e-6
+
+
+def test_torchrun_gives_the_same_weights(tiny_plates: Path, tmp_path: Path) -> None:
+    words = [*runs.TINY, f"plates.root={tiny_plates}", "kernels=native", "training.epochs=1"]
+    runs.run("train", *words, f"run_dir={tmp_path / 'own'}", "distributed.ranks=2", "machine.threads_per_rank=1")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "hcsdl", "train", *words, f"run_dir={tmp_path / 'torchrun'}"],
+        env=runs.environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert runs.digest(tmp_path / "own") == runs.digest(tmp_path / "torchrun")
+    assert (tmp_path / "torchrun" / "logs" / "rank1.log").exists()
+
+
+def test_torchrun_tells_a_bad_plate_once(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "hcsdl", "train", f"plates.root={tmp_path}", f"run_dir={tmp_path}/run"],
+        env=runs.environment(), capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count("hcsdl: plates.root must hold") == 1
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_takes_a_step_on_tiny_plates(tiny_plates: Path, tmp_path: Path, experiment: str) -> None:
+    small = ["training.max_steps=1", "training.global_batch_size=4", "distributed.ranks=1", "training.baseline=false", "model.width=0.25"]
+    runs.run("train", f"experiment={experiment}", f"plates.root={tiny_plates}", f"run_dir={tmp_path / 'run'}", *small)
+    assert runs.summary(tmp_path / "run")["steps"] == 1
+
+
+def test_a_sweep_runs_each_job_in_its_own_folder_and_sorts_the_table(tiny_plates: Path, tmp_path: Path) -> None:
+    words = [*runs.TINY, f"plates.root={tiny_plates}", "training.epochs=1", "distributed.ranks=1", "kernels=native", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    done = runs.run("train", "-m", *words, "training.learning_rate=0.01,0.1", "seed=0,1", code=0)
+    table = done.stdout.rpartition("sweep ")[2].splitlines()[2:]
+    values = [float(line.split()[1]) for line in table]
+    assert len(values) == 4 and values == sorted(values, reverse=True)
+    assert len({runs.digest(tmp_path / "sweep" / str(job) / "run") for job in range(4)}) == 4
+    assert {runs.summary(tmp_path / "sweep" / str(job) / "run")["seed"] for job in range(4)} == {0, 1}
+
+
+def test_a_failed_job_of_a_sweep_is_listed_and_the_others_go_on(tiny_plates: Path, tmp_path: Path) -> None:
+    words = [*runs.TINY, f"plates.root={tiny_plates}", "training.epochs=1", "distributed.ranks=1", "kernels=native", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    done = runs.run("train", "-m", *words, "training.global_batch_size=1000,4", code=2)
+    table = done.stdout.rpartition("sweep ")[2].splitlines()[2:]
+    assert table[0].split()[0] == "1" and "exit code 2" in table[1]
+
+
+def test_a_sweep_stops_at_a_signal(tiny_plates: Path, tmp_path: Path) -> None:
+    words = [*runs.TINY, f"plates.root={tiny_plates}", "training.epochs=500", "distributed.ranks=1", "kernels=native", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    process = runs.start("train", "-m", *words, "seed=0,1")
+    runs.wait_for_step(process, tmp_path / "sweep" / "0" / "run", 2)
+    os.kill(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 75, err
+    assert "did not run" in out
+
+
+def test_load_run_gives_network_and_preprocessing(tiny_plates: Path, tmp_path: Path) -> None:
+    runs.train(tiny_plates, tmp_path / "run", "distributed.ranks=2", "kernels=reference", "training.epochs=1")
+    run = hcsdl.load_run(tmp_path / "run")
+    assert run.channels == ["DAPI", "Tubulin", "Actin"] and run.classes == runs.summary(tmp_path / "run")["classes"]
+    weights = safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(value, weights[name]) for name, value in run.model.state_dict().items())
+
+    # The notebook's prediction for the held-out fields gives the accuracy the run has reported.
+    from hcsdl.plates.index import load_index
+
+    index = load_index(tmp_path / "run")
+    held_out = (index.table["Metadata_Split"] == "val").to_numpy().nonzero()[0]
+    right = []
+    for row in held_out:
+        found = run.probabilities(run.prepare(index.paths(row), index.table["Metadata_Plate"].iat[row]))
+        right.append(run.classes[int(found.argmax())] == index.table["Metadata_Class"].iat[row])
+    assert sum(right) / len(right) == pytest.approx(runs.summary(tmp_path / "run")["val_accuracy"])
+
+
+def test_parameters_are_equal_on_all_ranks_after_training(tiny_plates: Path, tmp_path: Path) -> None:
+    script = """
+import os, sys, torch
+import hcsdl.commands.run as run_module
+finish = run_module.Run.finish
+def compare(self, seconds):
+    own = torch.cat([p.detach().flatten() for p in self.bare.parameters()])
+    everyone = self.group.all_gather_object(own)
+    print("equal" if all(torch.equal(everyone[0], other) for other in everyone) else "different", flush=True)
+    finish(self, seconds)
+run_module.Run.finish = compare
+from hcsdl.commands.rank import main
+main()
+"""
+    runner = tmp_path / "rank.py"
+    runner.write_text(script)
+    launcher = f"""
+import sys
+import hcsdl.commands.train as train
+start = train.start_ranks
+train.start_ranks = lambda words, *rest: start([{str(runner)!r}, words[-1]], *rest)
+from hcsdl.commands.cli import main
+sys.exit(main())
+"""
+    words = [*runs.TINY, f"plates.root={tiny_plates}", f"run_dir={tmp_path / 'run'}", "distributed.ranks=2", "training.epochs=1"]
+    done = subprocess.run([sys.executable, "-c", launcher, "train", *words], env=runs.environment(), capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "equal" in done.stdout.split() and "different" not in done.stdout
