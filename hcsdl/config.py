@@ -7,6 +7,7 @@ Hydra by `register()`. Values are checked when an object is made; a bad one rais
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, List, Optional
 
@@ -26,8 +27,16 @@ class DataError(RuntimeError):
     exit_code = 3
 
 
-def option(default: Any, doc: str, *, unit: str = "", choices: tuple = (), low: float | None = None, high: float | None = None,
-           above: float | None = None) -> Any:
+def option(
+    default: Any,
+    doc: str,
+    *,
+    unit: str = "",
+    choices: tuple = (),
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> Any:
     """Return a dataclass field that carries its documentation and its limits (`low`, `high` inclusive, `above` exclusive)."""
     metadata = {"doc": doc, "unit": unit, "choices": choices, "low": low, "high": high, "above": above}
     if isinstance(default, list):
@@ -56,7 +65,7 @@ class Checked:
 def _check(key: str, value: Any, limits: Any) -> None:
     if limits["choices"] and value not in limits["choices"]:
         raise ConfigError(f"{key} must be one of {', '.join(map(str, limits['choices']))}. Got {value!r} instead.")
-    if isinstance(value, float) and value != value:
+    if isinstance(value, float) and math.isnan(value):
         raise ConfigError(f"{key} must be a number. Got nan instead.")
     if limits["low"] is not None and value < limits["low"]:
         raise ConfigError(f"{key} must be at least {limits['low']}. Got {value} instead.")
@@ -71,8 +80,9 @@ class MachineConfig(Checked):
     """What we run on."""
 
     threads_per_rank: Optional[int] = option(None, "compute threads of each rank; null: the usable cores divided by the ranks", low=1)
-    allocator: str = option("keep", "keep: glibc holds on to freed memory (about 1.5× faster); system: leave malloc alone",
-                            choices=("keep", "system"))
+    allocator: str = option(
+        "keep", "keep: glibc holds on to freed memory (about 1.5× faster); system: leave malloc alone", choices=("keep", "system")
+    )
 
 
 @dataclass
@@ -84,8 +94,9 @@ class PlatesConfig(Checked):
     query: Optional[str] = option(None, "pandas expression over the index's columns that selects fields; null: all")
     control: str = option("DMSO", "compound name of the negative control")
     pixel_size_um: Optional[float] = option(None, "edge of a pixel; null: unknown", unit="µm", above=0)
-    split: str = option("random_well", "how fields are parted into train and val; random_field is leaky: sister fields on both sides",
-                        choices=SPLITS)
+    split: str = option(
+        "random_well", "how fields are parted into train and val; random_field is leaky: sister fields on both sides", choices=SPLITS
+    )
     val_fraction: float = option(0.2, "share of fields, wells, plates or batches held out", above=0, high=0.9)
     fold: int = option(0, "which fold is held out, with split=compound_folds", low=0)
     split_seed: Optional[int] = option(None, "seed of the split; null: the command's seed", low=0)
@@ -95,8 +106,11 @@ class PlatesConfig(Checked):
 class CheckConfig(Checked):
     """How deep `hcsdl check` looks."""
 
-    level: str = option("files", "metadata: CSV files only; files: and every image's header; pixels: and every pixel",
-                        choices=("metadata", "files", "pixels"))
+    level: str = option(
+        "files",
+        "metadata: CSV files only; files: and every image's header; pixels: and every pixel",
+        choices=("metadata", "files", "pixels"),
+    )
     workers: Optional[int] = option(None, "processes; null: the usable cores", low=1)
 
 
@@ -106,20 +120,26 @@ class DataConfig(Checked):
 
     crop_px: Optional[List[int]] = option(None, "rows and columns of a random (val: centred) crop; null: whole fields", unit="px", low=8)
     downsample: int = option(1, "average this many pixels a side into one; 1: full resolution", low=1)
-    illumination: str = option("none", "shading correction per plate and channel, smoothed over its fields",
-                               choices=("none", "median", "mean"))
-    intensity: str = option("dmso_meansd", "scaling per plate and channel, fitted on its control wells",
-                            choices=("none", "dmso_meansd", "dmso_percentiles"))
+    illumination: str = option(
+        "none", "shading correction per plate and channel, smoothed over its fields", choices=("none", "median", "mean")
+    )
+    intensity: str = option(
+        "dmso_meansd", "scaling per plate and channel, fitted on its control wells", choices=("none", "dmso_meansd", "dmso_percentiles")
+    )
     flips: bool = option(True, "flip rows and columns at random when training")
     quarter_turns: bool = option(True, "turn by quarter turns at random when training (half turns only where fields are not square)")
     intensity_jitter: float = option(0.1, "sd of a random gain and offset per channel when training, in units of the scaled image", low=0)
-    sampling: str = option("all", "all: every field once a pass; capped: at most data.cap fields a treatment; balanced: classes alike",
-                           choices=("all", "capped", "balanced"))
+    sampling: str = option(
+        "all",
+        "all: every field once a pass; capped: at most data.cap fields a treatment; balanced: classes alike",
+        choices=("all", "capped", "balanced"),
+    )
     cap: int = option(12, "fields a treatment and pass, with sampling=capped", unit="fields", low=1)
     workers: int = option(2, "loader threads a rank; 0: load in the training thread", low=0)
     prefetch: int = option(4, "mini-batches kept ready", low=1)
-    on_bad_image: str = option("raise", "raise: stop at an unreadable image; skip: leave the field out, count and list it",
-                               choices=("raise", "skip"))
+    on_bad_image: str = option(
+        "raise", "raise: stop at an unreadable image; skip: leave the field out, count and list it", choices=("raise", "skip")
+    )
     max_bad_fields: int = option(20, "more unreadable fields than this stop the run, with on_bad_image=skip", unit="fields", low=0)
 
 
@@ -130,8 +150,9 @@ class ModelConfig(Checked):
     name: str = option("resnet18", "the network", choices=MODELS)
     width: float = option(1.0, "multiplies the number of channels of every layer", above=0)
     zero_init_residual: bool = option(True, "start every residual branch at zero (ResNet)")
-    head: str = option("fc", "M-CNN: fc, the published 41.9 M fully connected layer; pool: global average pooling instead",
-                       choices=("fc", "pool"))
+    head: str = option(
+        "fc", "M-CNN: fc, the published 41.9 M fully connected layer; pool: global average pooling instead", choices=("fc", "pool")
+    )
     weights: Optional[str] = option(None, "torchvision .pth or .safetensors file to start from; null: from scratch")
     checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory, about a third slower")
 
@@ -140,8 +161,11 @@ class ModelConfig(Checked):
 class KernelsConfig(Checked):
     """How the model's operators run on this processor."""
 
-    name: str = option("auto", "reference: fp32; native: bf16, stock PyTorch; ipex: bf16, IPEX; auto: ipex, else native, else reference",
-                       choices=("auto", "reference", "native", "ipex"))
+    name: str = option(
+        "auto",
+        "reference: fp32; native: bf16, stock PyTorch; ipex: bf16, IPEX; auto: ipex, else native, else reference",
+        choices=("auto", "reference", "native", "ipex"),
+    )
 
 
 @dataclass
@@ -169,8 +193,9 @@ class TrainingConfig(Checked):
     epochs: float = option(20, "passes over the sampled fields", unit="epochs", above=0)
     max_steps: Optional[int] = option(None, "stop after this many steps; null: after training.epochs", unit="steps", low=1)
     global_batch_size: int = option(8, "fields an optimizer step, over all ranks", unit="fields", low=1)
-    mini_batch_size: Optional[int] = option(None, "fields a rank takes at once; fewer than its share: gradients accumulate; null: its share",
-                                            unit="fields", low=1)
+    mini_batch_size: Optional[int] = option(
+        None, "fields a rank takes at once; fewer than its share: gradients accumulate; null: its share", unit="fields", low=1
+    )
     optimizer: str = option("sgd", "sgd (Nesterov), adamw or lars", choices=("sgd", "adamw", "lars"))
     learning_rate: float = option(0.05, "peak learning rate", above=0)
     warmup_learning_rate: float = option(0.0, "learning rate the warm-up starts from", low=0)
@@ -183,11 +208,16 @@ class TrainingConfig(Checked):
     resume: str = option("auto", "auto: go on where this run folder stands; never: refuse a used folder; <path>: start from a checkpoint")
     validate_every_epochs: int = option(1, "passes between two evaluations; the last step is always evaluated", unit="epochs", low=1)
     checkpoint_every_s: float = option(300.0, "time between two checkpoints; one is also written after every evaluation", unit="s", low=0)
-    checkpoint_every_steps: Optional[int] = option(None, "steps between two checkpoints, besides the above; null: none", unit="steps", low=1)
+    checkpoint_every_steps: Optional[int] = option(
+        None, "steps between two checkpoints, besides the above; null: none", unit="steps", low=1
+    )
     keep_checkpoints: int = option(2, "newest checkpoints kept, besides the best", low=1)
     journal_every_s: float = option(2.0, "time between two journal lines", unit="s", low=0)
-    metric: str = option("well_accuracy", "what `best` means, and what a sweep's table is sorted by",
-                         choices=("well_accuracy", "val_accuracy", "val_macro_f1"))
+    metric: str = option(
+        "well_accuracy",
+        "what `best` means, and what a sweep's table is sorted by",
+        choices=("well_accuracy", "val_accuracy", "val_macro_f1"),
+    )
     baseline: bool = option(True, "print a logistic regression on simple intensity features beside every figure")
 
 

@@ -49,10 +49,21 @@ def run(config: CheckCommand) -> int:
     named = [{"field": index.field_name(row), "problem": problems[row]} for row in problems.index[problems.notna()]]
     found = count_problems(problems)
     breaking = bool(breaks_training(problems).any()) or nothing_to_learn is not None
-    report = {"schema_version": SCHEMA_VERSION, "level": level, "root": str(index.root), "index_hash": index.hash,
-              "channels": list(index.channels), "pixel_size_um": config.plates.pixel_size_um, "counts": count_fields(index.table),
-              "images": _images(index.table), "found": found, "nothing_to_learn": nothing_to_learn, "breaks_training": breaking,
-              "notes": list(index.notes), "problems": named}
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "level": level,
+        "root": str(index.root),
+        "index_hash": index.hash,
+        "channels": list(index.channels),
+        "pixel_size_um": config.plates.pixel_size_um,
+        "counts": count_fields(index.table),
+        "images": _images(index.table),
+        "found": found,
+        "nothing_to_learn": nothing_to_learn,
+        "breaks_training": breaking,
+        "notes": list(index.notes),
+        "problems": named,
+    }
     print("\n".join(_lines(report)))
     (folder / "check.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     print(f"written     {folder / 'check.json'}, {_save(index, folder, level)}")
@@ -62,12 +73,19 @@ def run(config: CheckCommand) -> int:
 def count_fields(table: pd.DataFrame) -> dict[str, int]:
     """Return how many fields, wells, plates, … an index table has; the control is a compound and a treatment, but no MoA."""
     labelled = table[table["Metadata_MoA"].notna() & (table["Metadata_MoA"] != CONTROL_MOA)]
-    return {"fields": len(table), "wells": table.groupby(["Metadata_Plate", "Metadata_Well"]).ngroups,
-            "plates": table["Metadata_Plate"].nunique(), "batches": table["Metadata_Batch"].nunique(),
-            "compounds": table["Metadata_Compound"].nunique(), "treatments": table["Metadata_Treatment"].nunique(),
-            "moas": labelled["Metadata_MoA"].nunique(), "compounds_with_moa": labelled["Metadata_Compound"].nunique(),
-            "treatments_with_moa": labelled["Metadata_Treatment"].nunique(), "fields_with_moa": len(labelled),
-            "control_fields": int((table["Metadata_MoA"] == CONTROL_MOA).sum())}
+    return {
+        "fields": len(table),
+        "wells": table.groupby(["Metadata_Plate", "Metadata_Well"]).ngroups,
+        "plates": table["Metadata_Plate"].nunique(),
+        "batches": table["Metadata_Batch"].nunique(),
+        "compounds": table["Metadata_Compound"].nunique(),
+        "treatments": table["Metadata_Treatment"].nunique(),
+        "moas": labelled["Metadata_MoA"].nunique(),
+        "compounds_with_moa": labelled["Metadata_Compound"].nunique(),
+        "treatments_with_moa": labelled["Metadata_Treatment"].nunique(),
+        "fields_with_moa": len(labelled),
+        "control_fields": int((table["Metadata_MoA"] == CONTROL_MOA).sum()),
+    }
 
 
 def _nothing_to_learn(table: pd.DataFrame, moa: bool) -> str | None:
@@ -88,8 +106,10 @@ def _images(table: pd.DataFrame) -> dict[str, int]:
 
 def _lines(report: dict) -> list[str]:
     """Return the report as people read it."""
-    lines = [f"plates      {report['root']}",
-             f"index       {report['index_hash']}, channels {', '.join(report['channels'])}, level {report['level']}"]
+    lines = [
+        f"plates      {report['root']}",
+        f"index       {report['index_hash']}, channels {', '.join(report['channels'])}, level {report['level']}",
+    ]
     lines += [f"{name.replace('_', ' ').replace('moa', 'MoA'):20s}{count:>8d}" for name, count in report["counts"].items()]
     unseen = {"metadata": KINDS, "files": KINDS[3:], "pixels": ()}[report["level"]]
     lines += [f"{kind:20s}{'not seen' if kind in unseen else count:>8}" for kind, count in report["found"].items()]

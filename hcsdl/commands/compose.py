@@ -85,7 +85,9 @@ def one_line(error: Exception, command: str) -> str:
     text = " ".join(str(error).split())
     cause = error.__cause__
     unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' (?:is )?not in", str(error))
-    key = getattr(cause, "full_key", None) or getattr(error, "full_key", None) or (unknown.group(1) or unknown.group(2) if unknown else None)
+    key = (
+        getattr(cause, "full_key", None) or getattr(error, "full_key", None) or (unknown.group(1) or unknown.group(2) if unknown else None)
+    )
     if unknown and "not in" in f"{error} {cause}" and key:
         return _unknown(key, command)
     if text.startswith("Ambiguous value"):

@@ -15,7 +15,10 @@ def overview() -> str:
     """Return the text of `hcsdl --help`: the commands, a line each."""
     lines = [f"usage: {USAGE}", "", "commands:"]
     lines += [f"  {name:10s} {(schema.__doc__ or '').splitlines()[0]}" for name, schema in COMMANDS.items()]
-    lines += ["", "`hcsdl <command> --help` lists its settings; `--cfg job` prints the resolved configuration; `-m` sweeps comma-separated values."]
+    lines += [
+        "",
+        "`hcsdl <command> --help` lists its settings; `--cfg job` prints the resolved configuration; `-m` sweeps comma-separated values.",
+    ]
     return "\n".join(lines)
 
 

@@ -18,13 +18,12 @@ import pandas as pd
 
 from hcsdl.config import ConfigError, DataError, PlatesConfig, TrainCommand
 from hcsdl.data.measure import breaks_training, measure_index
-from hcsdl.data.preprocessing import Preprocessing, fit_preprocessing
+from hcsdl.data.preprocessing import fit_preprocessing
 from hcsdl.data.reading import read_header
 from hcsdl.data.sampling import Sampler
 from hcsdl.machine.cores import default_ranks, numa_nodes, usable_cores
 from hcsdl.plates.index import Index, cache_folder, find_images, read_index
 from hcsdl.plates.splits import LEAKY, describe, split_fields, target_column, target_labels
-from hcsdl.training.baseline import baseline_scores
 from hcsdl.training.run_folder import SCHEMA_VERSION, RunFolder, write_json
 
 log = logging.getLogger(__name__)
@@ -46,8 +45,8 @@ class Plan:
     baseline_accuracy: float | None
     baseline_well_accuracy: float | None
     skipped_fields: list[str]
+    plates_without_control: list[str]
     index_hash: str
-    cache: str
     resume_from: str | None
     schema_version: int = SCHEMA_VERSION
 
@@ -78,14 +77,16 @@ def check_batch(config: TrainCommand, ranks: int) -> None:
     """Raise ConfigError where the global batch does not divide into equal mini-batches over `ranks` ranks."""
     batch, mini = config.training.global_batch_size, config.training.mini_batch_size
     if batch % ranks:
-        raise ConfigError(f"training.global_batch_size must be a multiple of the number of ranks, {ranks}. Got {batch} instead: change it, or distributed.ranks.")
+        raise ConfigError(
+            f"training.global_batch_size must be a multiple of the number of ranks, {ranks}. Got {batch} instead: change it, or distributed.ranks."
+        )
     if mini and (batch // ranks) % mini:
         raise ConfigError(f"training.mini_batch_size must divide a rank's share of the global batch, {batch // ranks}. Got {mini} instead.")
 
 
-def prepare(config: TrainCommand, folder: RunFolder, resume_from: Path | None) -> tuple[Plan, Index, Preprocessing]:
-    """Do everything that comes before the ranks; write index and plan into the run folder. Raises ConfigError, DataError."""
-    index, target = labelled_index(config)
+def prepare(config: TrainCommand, folder: RunFolder, resume_from: Path | None) -> None:
+    """Do everything that comes before the ranks; write index, preprocessing and plan into the run folder. Raises ConfigError, DataError."""
+    everything, index, target = labelled_index(config)
     cache = usable_cache(config.plates, folder)
     index, features, skipped = measured(config, index, cache)
     split = split_column(config, index, target)
@@ -99,13 +100,18 @@ def prepare(config: TrainCommand, folder: RunFolder, resume_from: Path | None) -
     classes = sorted(train["Metadata_Class"].unique())
     unseen = sorted(set(val["Metadata_Class"]) - set(classes))
     if unseen:
-        raise DataError(f"every class held out must also be in train. {', '.join(unseen[:5])} are not, with plates.split={config.plates.split}; change it.")
+        raise DataError(
+            f"every class held out must also be in train. {', '.join(unseen[:5])} are not, with plates.split={config.plates.split}; change it."
+        )
     make_sampler(config, index, classes)  # refuses a global batch larger than the fields, before anything is computed
     field_accuracy, well_accuracy = None, None
     if config.training.baseline:
+        from hcsdl.training.baseline import baseline_scores  # scikit-learn takes a second to import
+
         simple = features[[c for c in features if c.startswith(("Intensity_", "Count_"))]]
         field_accuracy, well_accuracy = baseline_scores(simple, table, table["Metadata_Split"], "Class", config.plates.control)
-    preprocessing = fit_preprocessing(index, config.data, config.plates.control, cache, True, usable_cores())
+    preprocessing = fit_preprocessing(everything, config.data, config.plates.control, cache, True, usable_cores())
+    preprocessing.save(folder.preprocessing)
     shape, _ = read_header(index.paths(0)[0])
     plan = Plan(
         target=target,
@@ -120,16 +126,15 @@ def prepare(config: TrainCommand, folder: RunFolder, resume_from: Path | None) -
         baseline_accuracy=field_accuracy,
         baseline_well_accuracy=well_accuracy,
         skipped_fields=skipped,
+        plates_without_control=list(preprocessing.plates_without_control),
         index_hash=index.hash,
-        cache=str(cache),
         resume_from=str(resume_from) if resume_from else None,
     )
     plan.save(folder.plan)
-    return plan, index, preprocessing
 
 
-def labelled_index(config: TrainCommand) -> tuple[Index, str]:
-    """Return the index of the fields that have a class, which is its column `Metadata_Class`, and the target's column.
+def labelled_index(config: TrainCommand) -> tuple[Index, Index, str]:
+    """Return the index of all fields, that of those with a class, which is its column `Metadata_Class`, and the target's column.
 
     The MoA file is read only where it is needed. With data.on_bad_image=skip a missing file is left to be counted with the broken ones.
     """
@@ -143,7 +148,7 @@ def labelled_index(config: TrainCommand) -> tuple[Index, str]:
     labelled = classes.notna()
     if not labelled.all():
         log.info("%d of %d fields have no %s and are left out.", (~labelled).sum(), len(labelled), target)
-    return replace(index, table=index.table.assign(Metadata_Class=classes)).select(labelled), target
+    return index, replace(index, table=index.table.assign(Metadata_Class=classes)).select(labelled), target
 
 
 def usable_cache(config: PlatesConfig, folder: RunFolder) -> Path:
@@ -175,9 +180,13 @@ def measured(config: TrainCommand, index: Index, cache: Path) -> tuple[Index, pd
     sentences = "; ".join(f"{name}: {problem.rstrip('.')}" for name, problem in zip(names[:5], found["QC_Problem"][bad], strict=False))
     more = f" (+{len(names) - 5} more)" if len(names) > 5 else ""
     if names and config.data.on_bad_image == "raise":
-        raise DataError(f"every image must be usable. {len(names)} fields are not: {sentences}{more}. Mend them, or set data.on_bad_image=skip.")
+        raise DataError(
+            f"every image must be usable. {len(names)} fields are not: {sentences}{more}. Mend them, or set data.on_bad_image=skip."
+        )
     if len(names) > config.data.max_bad_fields:
-        raise DataError(f"at most data.max_bad_fields={config.data.max_bad_fields} fields may be skipped. {len(names)} are broken: {sentences}{more}.")
+        raise DataError(
+            f"at most data.max_bad_fields={config.data.max_bad_fields} fields may be skipped. {len(names)} are broken: {sentences}{more}."
+        )
     if names:
         log.warning("%d broken fields are skipped: %s%s", len(names), sentences, more)
     return index.select(~bad), found[~bad].reset_index(drop=True), names

@@ -98,4 +98,3 @@ def _train(identity: Identity, folder: RunFolder, stop: StopFlag) -> None:
 
 if __name__ == "__main__":
     main()
-

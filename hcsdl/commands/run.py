@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
@@ -15,7 +16,7 @@ from hcsdl.commands.compose import config_hash, to_yaml
 from hcsdl.commands.prepare import class_numbers, load_plan, make_sampler
 from hcsdl.config import DataError, TrainCommand
 from hcsdl.data.loading import EvalLoader, TrainLoader
-from hcsdl.data.preprocessing import Preprocessing, fit_preprocessing
+from hcsdl.data.preprocessing import Preprocessing, load_preprocessing
 from hcsdl.data.sampling import evaluation_rows
 from hcsdl.distributed.group import Group
 from hcsdl.distributed.identity import Identity
@@ -28,12 +29,14 @@ from hcsdl.plates.index import load_index
 from hcsdl.training.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_model_state, load_newest, save_checkpoint
 from hcsdl.training.journal import Journal, Silence
 from hcsdl.training.loop import Parts, State, train
-from hcsdl.training.metrics import Scores, format_scores, score_fields, score_wells
 from hcsdl.training.objectives import build_objective
 from hcsdl.training.optimizers import build_optimizer
 from hcsdl.training.predict import buffers_swapped, predict
 from hcsdl.training.run_folder import SCHEMA_VERSION, RunFolder, write_atomically, write_json
 from hcsdl.training.summary import git_commit, time_to_accuracy, versions
+
+if TYPE_CHECKING:
+    from hcsdl.training.metrics import Scores
 
 log = logging.getLogger(__name__)
 
@@ -45,17 +48,24 @@ class Run:
         self.config, self.folder, self.allocator = config, folder, allocator
         self.journal: Silence = Silence()
         self.last_scores: tuple[Scores, Scores] | None = None
+        self.evaluated = False
+        self.bad_fields: dict[str, str] = {}
         self.plan = load_plan(folder.plan)
         self.index = load_index(folder.path)
         self.group = Group(identity, config.distributed)
         self.kernels = choose_kernels(config.kernels.name)
         self.threads = torch.get_num_threads()
-        for what, value in (("configuration", config_hash(config)), ("index", self.index.hash), ("versions", versions()), ("kernels", self.kernels)):
+        for what, value in (
+            ("configuration", config_hash(config)),
+            ("index", self.index.hash),
+            ("versions", versions()),
+            ("kernels", self.kernels),
+        ):
             self.group.check_equal(what, value)
 
         checkpoint, foreign = self._find_checkpoint()
         if checkpoint is None:
-            self.preprocessing = fit_preprocessing(self.index, config.data, config.plates.control, Path(self.plan.cache), False, 1)
+            self.preprocessing = load_preprocessing(folder.preprocessing)
         else:
             self.preprocessing = Preprocessing.from_state_dict(checkpoint.preprocessing)
         self.labels = torch.from_numpy(class_numbers(self.index, self.plan.classes))
@@ -80,11 +90,15 @@ class Run:
             return None, False
         assert checkpoint is not None
         if list(checkpoint.classes) != self.plan.classes or list(checkpoint.channels) != self.plan.channels:
-            raise DataError(f"a run goes on with the classes and channels of its checkpoint. It has {len(checkpoint.classes)} classes of {checkpoint.target} "
-                            f"in channels {', '.join(checkpoint.channels)}; the plates have {len(self.plan.classes)} of {self.plan.target} in {', '.join(self.plan.channels)}.")
+            raise DataError(
+                f"a run goes on with the classes and channels of its checkpoint. It has {len(checkpoint.classes)} classes of {checkpoint.target} "
+                f"in channels {', '.join(checkpoint.channels)}; the plates have {len(self.plan.classes)} of {self.plan.target} in {', '.join(self.plan.channels)}."
+            )
         if checkpoint.index_hash != self.plan.index_hash and not foreign:
-            raise DataError(f"a run goes on with the fields it began with. The index was {checkpoint.index_hash} and is {self.plan.index_hash}: "
-                            "the plates have changed; restore them, or name another run_dir.")
+            raise DataError(
+                f"a run goes on with the fields it began with. The index was {checkpoint.index_hash} and is {self.plan.index_hash}: "
+                "the plates have changed; restore them, or name another run_dir."
+            )
         self.group.check_equal("checkpoint", checkpoint.step)
         return checkpoint, foreign
 
@@ -104,7 +118,9 @@ class Run:
             if len(checkpoint.ranks) == self.group.world_size:
                 own = checkpoint.ranks[self.group.rank]
             else:
-                self._say(f"resuming on {self.group.world_size} ranks what {len(checkpoint.ranks)} began: same order and batch, equal to rounding.")
+                self._say(
+                    f"resuming on {self.group.world_size} ranks what {len(checkpoint.ranks)} began: same order and batch, equal to rounding."
+                )
             self._say(f"resumed from step {checkpoint.step}" + (f" of {self.plan.resume_from}" if foreign else ""))
         self.bare, self.optimizer = self.kernels.prepare(model, optimizer)
         if own:
@@ -120,7 +136,9 @@ class Run:
         if kernels.warning:
             self._say(f"warning: {kernels.warning}")
         self._say(f"kernels {kernels.name}, {kernels.precision} ({kernels.reason}); allocator: {self.allocator}; {processor()}")
-        self._say(f"{self.plan.num_train_fields} fields to train on, {self.plan.num_val_fields} fields of {self.plan.num_wells_val} wells held out. {self.plan.split_sentence}")
+        self._say(
+            f"{self.plan.num_train_fields} fields to train on, {self.plan.num_val_fields} fields of {self.plan.num_wells_val} wells held out. {self.plan.split_sentence}"
+        )
         if self.group.rank == 0:
             self.journal = Journal(
                 self.folder,
@@ -129,7 +147,9 @@ class Run:
                 total_steps=self.total_steps,
                 steps_per_epoch=self.steps_per_epoch,
             )
-        self.journal.event("start", self.state.step, {"resumed": self.resumed, "world_size": self.group.world_size, "kernels": kernels.name})
+        self.journal.event(
+            "start", self.state.step, {"resumed": self.resumed, "world_size": self.group.world_size, "kernels": kernels.name}
+        )
         self.parts = Parts(
             model=self.model,
             optimizer=self.optimizer,
@@ -154,7 +174,7 @@ class Run:
 
     def _train_loader(self, first_step: int, last_step: int) -> TrainLoader:
         share = self.config.training.global_batch_size // self.group.world_size
-        return TrainLoader(
+        self.loader = TrainLoader(
             self.index,
             self.labels,
             self.preprocessing,
@@ -167,6 +187,7 @@ class Run:
             first_step=first_step,
             last_step=last_step,
         )
+        return self.loader
 
     # What the loop calls.
 
@@ -174,7 +195,7 @@ class Run:
         """Run the loop to the last step."""
         self.group.settle(self.model, self._throw_away_step)
         train(self.parts, self.state)
-        if self.last_scores is None:  # a run that was ended between its last step and its summary
+        if not self.evaluated:  # a run that was ended between its last step and its summary
             self.last_scores = self.scores()
 
     def _throw_away_step(self) -> None:
@@ -183,23 +204,32 @@ class Run:
             logits = self.model(images)
         self.objective.loss(logits, torch.zeros(2, dtype=torch.int64)).backward()
 
-    def scores(self) -> tuple[Scores, Scores]:
-        """Return the scores of the held-out fields and of their wells, with batch-norm statistics averaged over the ranks."""
+    def scores(self) -> tuple[Scores, Scores] | None:
+        """Return the scores of the held-out fields and of their wells, with batch-norm statistics averaged over the ranks; None but on rank 0."""
         table = self.index.table
         val = (table["Metadata_Split"] == "val").to_numpy().nonzero()[0]
         rows = val[evaluation_rows(len(val), self.group.rank, self.group.world_size)]
         share = self.config.training.global_batch_size // self.group.world_size
-        loader = EvalLoader(self.index, rows, self.labels, self.preprocessing, self.config.data, self.config.training.mini_batch_size or share)
+        loader = EvalLoader(
+            self.index, rows, self.labels, self.preprocessing, self.config.data, self.config.training.mini_batch_size or share
+        )
         with buffers_swapped(self.bare, self.group.averaged_buffers(self.bare)):
             rows, labels, logits = predict(self.bare, loader, self.kernels, self.group)
+        self.bad_fields |= loader.bad_fields
+        if self.group.rank > 0:
+            return None
+        from hcsdl.training.metrics import score_fields, score_wells  # torchmetrics takes seconds to import
+
         seen = table.iloc[rows.numpy()]
         wells = list(zip(seen["Metadata_Plate"], seen["Metadata_Well"], strict=True))
         return score_fields(logits, labels, self.plan.classes), score_wells(logits, labels, wells, self.plan.classes)
 
     def evaluate(self, state: State) -> dict:
-        """Return one line of the history: accuracies on the held-out part after `state.step` steps; say it."""
-        fields, wells = self.scores()
-        self.last_scores = fields, wells
+        """Return one line of the history: accuracies on the held-out part after `state.step` steps; say it. Empty but on rank 0."""
+        self.last_scores, self.evaluated = self.scores(), True
+        if self.last_scores is None:
+            return {}
+        fields, wells = self.last_scores
         found = {
             "step": state.step,
             "epoch": round(state.step / self.steps_per_epoch, 4),
@@ -210,7 +240,9 @@ class Run:
             "well_macro_f1": wells.macro_f1,
         }
         plan = self.plan
-        beside = f" (baseline {plan.baseline_well_accuracy:.3f}, {plan.baseline_accuracy:.3f})" if plan.baseline_accuracy is not None else ""
+        beside = (
+            f" (baseline {plan.baseline_well_accuracy:.3f}, {plan.baseline_accuracy:.3f})" if plan.baseline_accuracy is not None else ""
+        )
         leaky = ", LEAKY" if plan.leaky else ""
         self.journal.say(
             f"epoch {found['epoch']:.2f}, step {state.step}: accuracy of wells {wells.accuracy:.3f}, of fields {fields.accuracy:.3f}{beside}, "
@@ -262,10 +294,14 @@ class Run:
         """Write weights and summary, print the tables (rank 0)."""
         averaged = self.group.averaged_buffers(self.bare)
         rss = self.group.all_gather_object(peak_rss_gib())
+        bad = self.group.all_gather_object(self.loader.bad_fields | self.bad_fields)
+        self.bad_fields = {name: reason for fields in bad for name, reason in sorted(fields.items())}
         if self.group.rank > 0:
             return
         self.folder.check_newest()
         write_atomically(self.folder.weights, safetensors.torch.save(self._weights(averaged)))
+        from hcsdl.training.metrics import format_scores
+
         assert self.last_scores is not None
         fields, wells = self.last_scores
         write_json(self.folder.summary, self._summary(fields, wells, seconds, max(rss)))
@@ -302,7 +338,8 @@ class Run:
             "num_train_fields": plan.num_train_fields,
             "num_val_fields": plan.num_val_fields,
             "num_wells_val": plan.num_wells_val,
-            "skipped_fields": plan.skipped_fields,
+            "skipped_fields": sorted({*plan.skipped_fields, *self.bad_fields}),
+            "plates_without_control": plan.plates_without_control,
             **self.sampler.describe(),
             "model": config.model.name,
             "num_parameters": sum(p.numel() for p in self.bare.parameters()),

@@ -101,13 +101,17 @@ def finished(folder: RunFolder, config: TrainCommand) -> bool:
     changed = [key for key in differences(before, config) if key not in MAY_CHANGE]
     if changed:
         said = ", ".join(f"{key} was {_value(before, key)!r} and is {_value(config, key)!r}" for key in changed[:3])
-        raise ConfigError(f"a run goes on with its own configuration. In {folder.path} {said}; name another run_dir, or start from it with training.resume={folder.path}.")
+        raise ConfigError(
+            f"a run goes on with its own configuration. In {folder.path} {said}; name another run_dir, or start from it with training.resume={folder.path}."
+        )
     if not folder.summary.exists():
         return False
     summary = json.loads(folder.summary.read_text())
     if summary["steps"] < summary["planned_steps"] and (config.training.max_steps is None or config.training.max_steps > summary["steps"]):
         return False
-    log.info("%s is finished: %d steps, %s. Nothing to do; name another run_dir to train anew.", folder.path, summary["steps"], headline(summary))
+    log.info(
+        "%s is finished: %d steps, %s. Nothing to do; name another run_dir to train anew.", folder.path, summary["steps"], headline(summary)
+    )
     return True
 
 
@@ -117,7 +121,9 @@ def prepare_run(config: TrainCommand, folder: RunFolder) -> None:
     if config.training.resume not in ("auto", "never"):
         from_path = Path(config.training.resume)
         if not from_path.exists():
-            raise ConfigError(f"training.resume must be auto, never, or the path of a checkpoint or run folder. There is nothing at {from_path}.")
+            raise ConfigError(
+                f"training.resume must be auto, never, or the path of a checkpoint or run folder. There is nothing at {from_path}."
+            )
         from_path = from_path.resolve()
     try:
         prepare(config, folder, from_path)

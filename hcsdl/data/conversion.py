@@ -38,7 +38,7 @@ class ShadingView:
     def correct(self, block: np.ndarray, channel: int, rows: slice) -> None:
         """Take the offset off `block` (rows, columns), all rows of one run, and divide it by the function, in place."""
         block -= self.dark[channel]
-        at, value = self.lower[rows.start], self.scratch[:len(block)]
+        at, value = self.lower[rows.start], self.scratch[: len(block)]
         np.multiply(self.weight[rows, None], self.slopes[channel][at], out=value)
         value += self.across[channel][at]
         block /= value
@@ -58,12 +58,12 @@ def convert(view: np.ndarray, downsample: int, shading: ShadingView | None, gain
     stops = [*starts[1:], height]
     scratch = np.empty((max(stop - start for start, stop in zip(starts, stops, strict=True)), width), np.float32)
     for start, stop in zip(starts, stops, strict=True):
-        block, here = scratch[:stop - start], slice(start, stop)
+        block, here = scratch[: stop - start], slice(start, stop)
         for channel, source in enumerate(view):
             if downsample == 1:
                 block[...] = source[here]
             else:
-                _average(source[start * downsample:stop * downsample], downsample, block)
+                _average(source[start * downsample : stop * downsample], downsample, block)
             if shading is not None:
                 shading.correct(block, channel, here)
             block *= gain[channel]

@@ -55,8 +55,10 @@ def smooth(grid: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
     weight = np.ones(grid.shape) if weight is None else weight
     sigma = SMOOTHING * min(height, width)
     degrees = [(p, q) for p in range(3) for q in range(3 - p) if height > 2 * p and width > 2 * q]
-    rows, columns = ([np.exp(-0.5 * d**2) * d**p for p in range(5)]
-                     for d in ((np.arange(n)[None, :] - np.arange(n)[:, None]) / sigma for n in (height, width)))
+    rows, columns = (
+        [np.exp(-0.5 * d**2) * d**p for p in range(5)]
+        for d in ((np.arange(n)[None, :] - np.arange(n)[:, None]) / sigma for n in (height, width))
+    )
     normal = np.array([[rows[p + r] @ weight @ columns[q + s].T for r, s in degrees] for p, q in degrees])
     sides = np.array([rows[p] @ (weight * grid) @ columns[q].T for p, q in degrees])
     return np.linalg.solve(normal.transpose(2, 3, 0, 1), sides.transpose(1, 2, 0)[..., None])[..., 0, 0]
@@ -135,12 +137,16 @@ def fit_shading(grids: np.ndarray, how: str, plate: str, shape: tuple[int, int])
     """
     lit = grids[grids.max(axis=(1, 2, 3)) > 0] if len(grids) else grids
     if len(lit) < MIN_FIELDS:
-        raise ConfigError(f"data.illumination={how} needs at least {MIN_FIELDS} fields that are not black on every plate. Got {len(lit)} "
-                          f"on plate {plate}: set data.illumination=none, or index all fields of the plate (plates.query).")
+        raise ConfigError(
+            f"data.illumination={how} needs at least {MIN_FIELDS} fields that are not black on every plate. Got {len(lit)} "
+            f"on plate {plate}: set data.illumination=none, or index all fields of the plate (plates.query)."
+        )
     black = np.flatnonzero(np.median(lit.max(axis=(2, 3)), axis=0) <= 0)
     if len(black):
-        raise DataError(f"data.illumination={how} needs light in every channel. Channel {black[0]} (from 0) of plate {plate} "
-                        "is black in most fields: leave the plate out (plates.query), or set data.illumination=none.")
+        raise DataError(
+            f"data.illumination={how} needs light in every channel. Channel {black[0]} (from 0) of plate {plate} "
+            "is black in most fields: leave the plate out (plates.query), or set data.illumination=none."
+        )
     rows, columns = np.arange(shape[0], dtype=np.float32), np.arange(shape[1], dtype=np.float32)
     shading, dark = np.empty(lit.shape[1:], np.float32), np.empty(lit.shape[1], np.float32)
     for channel in range(lit.shape[1]):

@@ -66,6 +66,8 @@ def scaling(counts: np.ndarray, how: str, plate: str, channels: Sequence[str]) -
         spread = quantile(counts, HIGH_PERMILLE) - offset
     for channel, value in zip(channels, spread, strict=True):
         if not value > 0:
-            raise DataError(f"data.intensity={how} needs control pixels that differ. Channel {channel} of plate {plate} is constant "
-                            "in its control wells: run `hcsdl check check.level=pixels`, leave the plate out, or set data.intensity=none.")
+            raise DataError(
+                f"data.intensity={how} needs control pixels that differ. Channel {channel} of plate {plate} is constant "
+                "in its control wells: run `hcsdl check check.level=pixels`, leave the plate out, or set data.intensity=none."
+            )
     return offset.astype(np.float32), (1 / spread).astype(np.float32)

@@ -90,8 +90,9 @@ class _Loader:
             if pool is not None:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self, pool: ThreadPoolExecutor | None, rows: np.ndarray,
-               epochs: np.ndarray) -> tuple[torch.Tensor, np.ndarray, list[Callable[[], None]]]:
+    def _start(
+        self, pool: ThreadPoolExecutor | None, rows: np.ndarray, epochs: np.ndarray
+    ) -> tuple[torch.Tensor, np.ndarray, list[Callable[[], None]]]:
         """Return an empty mini-batch, the rows that will be in it, and for each place what to call to have it filled."""
         shape = self.preprocessing.output_shape(self._shape_of_fields(rows))
         images = torch.empty((len(rows), *shape), memory_format=torch.channels_last)
@@ -127,8 +128,10 @@ class _Loader:
     def _read(self, row: int, name: str) -> np.ndarray:
         image = read_field(self.index.paths(row))
         if self._field_shape is not None and image.shape != self._field_shape:
-            raise DataError(f"all fields must be alike, {_words(self._field_shape)} here. Found {_words(image.shape)} in "
-                            f"{self.index.paths(row)[0].parent}: leave field {name} out (plates.query).")
+            raise DataError(
+                f"all fields must be alike, {_words(self._field_shape)} here. Found {_words(image.shape)} in "
+                f"{self.index.paths(row)[0].parent}: leave field {name} out (plates.query)."
+            )
         return image
 
     def _shape_of_fields(self, rows: np.ndarray) -> tuple[int, ...]:
@@ -159,8 +162,10 @@ class _Loader:
             self.bad_fields[name] = str(error)
             count = len(self.bad_fields)
         if count > self.config.max_bad_fields:
-            raise DataError(f"At most {self.config.max_bad_fields} fields may be unreadable (data.max_bad_fields). Found {count}, the last "
-                            f"{name}: {error} Run `hcsdl check` to list them.") from error
+            raise DataError(
+                f"At most {self.config.max_bad_fields} fields may be unreadable (data.max_bad_fields). Found {count}, the last "
+                f"{name}: {error} Run `hcsdl check` to list them."
+            ) from error
 
     def _candidates(self, row: int) -> Iterable[int]:
         raise NotImplementedError
@@ -207,13 +212,28 @@ class TrainLoader(_Loader):
         While iterating: a field cannot be used (see `DataConfig.on_bad_image`).
     """
 
-    def __init__(self, index: Index, labels: np.ndarray, preprocessing: Preprocessing, sampler: Sampler, config: DataConfig, *,
-                 seed: int, rank: int, world_size: int, mini_batch_size: int, first_step: int, last_step: int) -> None:
+    def __init__(
+        self,
+        index: Index,
+        labels: np.ndarray,
+        preprocessing: Preprocessing,
+        sampler: Sampler,
+        config: DataConfig,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        mini_batch_size: int,
+        first_step: int,
+        last_step: int,
+    ) -> None:
         super().__init__(index, labels, preprocessing, config)
         share = len(sampler.rank_share(first_step, rank, world_size)[0])
         if share % mini_batch_size:
-            raise ConfigError(f"training.mini_batch_size must divide a rank's share of the global batch, {share} fields "
-                              f"({sampler.global_batch_size} over {world_size} ranks). Got {mini_batch_size} instead.")
+            raise ConfigError(
+                f"training.mini_batch_size must divide a rank's share of the global batch, {share} fields "
+                f"({sampler.global_batch_size} over {world_size} ranks). Got {mini_batch_size} instead."
+            )
         self.sampler, self.seed, self.rank, self.world_size = sampler, seed, rank, world_size
         self.mini_batch_size, self.mini_batches_per_step = mini_batch_size, share // mini_batch_size
         self.first_step, self.last_step = first_step, last_step
@@ -236,9 +256,10 @@ class TrainLoader(_Loader):
         yield row
         alike = self.sampler.rows[self.labels[self.sampler.rows] == self.labels[row]]
         at = int(np.flatnonzero(alike == row)[0])
-        yield from (int(other) for other in np.concatenate([alike[at + 1:], alike[:at]]))
-        raise DataError(f"Every class must have a readable field. Found none of the {len(alike)} of class {self.labels[row]}: "
-                        "see `hcsdl check`.")
+        yield from (int(other) for other in np.concatenate([alike[at + 1 :], alike[:at]]))
+        raise DataError(
+            f"Every class must have a readable field. Found none of the {len(alike)} of class {self.labels[row]}: see `hcsdl check`."
+        )
 
     def _all_rows(self) -> np.ndarray:
         return self.sampler.rows
@@ -254,8 +275,9 @@ class EvalLoader(_Loader):
     With ``on_bad_image=skip`` an unreadable field is left out: `MiniBatch.rows` tells which are there.
     """
 
-    def __init__(self, index: Index, rows: np.ndarray, labels: np.ndarray, preprocessing: Preprocessing, config: DataConfig,
-                 mini_batch_size: int) -> None:
+    def __init__(
+        self, index: Index, rows: np.ndarray, labels: np.ndarray, preprocessing: Preprocessing, config: DataConfig, mini_batch_size: int
+    ) -> None:
         super().__init__(index, labels, preprocessing, config)
         self.rows, self.mini_batch_size = np.asarray(rows, dtype=np.int64), mini_batch_size
 
@@ -264,7 +286,7 @@ class EvalLoader(_Loader):
 
     def __iter__(self) -> Iterator[MiniBatch]:
         starts = range(0, len(self.rows), self.mini_batch_size)
-        plan = (self.rows[first:first + self.mini_batch_size] for first in starts)
+        plan = (self.rows[first : first + self.mini_batch_size] for first in starts)
         return self._stream(((rows, np.zeros_like(rows)) for rows in plan), self.config.prefetch)
 
     def _candidates(self, row: int) -> tuple[int]:

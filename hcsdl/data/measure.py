@@ -33,8 +33,9 @@ BREAKING = KINDS[:-1]  # a saturated field can be trained on
 log = logging.getLogger(__name__)
 
 
-def measure_index(index: Index, *, level: str = "pixels", workers: int = 1, cache: Path | None = None,
-                  progress: bool = True) -> pd.DataFrame:
+def measure_index(
+    index: Index, *, level: str = "pixels", workers: int = 1, cache: Path | None = None, progress: bool = True
+) -> pd.DataFrame:
     """Measure every field of an index.
 
     Parameters
@@ -94,10 +95,11 @@ def _signature(paths: list[Path], name: str) -> str:
     return hashlib.sha256("|".join(content).encode()).hexdigest()[:24]
 
 
-def _measure(paths: list[list[Path]], rows: list[int], channels: tuple[str, ...], level: str, workers: int,
-             progress: bool) -> Iterator[tuple[int, dict[str, object]]]:
+def _measure(
+    paths: list[list[Path]], rows: list[int], channels: tuple[str, ...], level: str, workers: int, progress: bool
+) -> Iterator[tuple[int, dict[str, object]]]:
     """Yield (row, result) for every row of `rows`, in any order."""
-    chunks = [rows[start:start + CHUNK] for start in range(0, len(rows), CHUNK)]
+    chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
     with tqdm(total=len(rows), desc=f"measuring {level}", unit="field", disable=not progress or not rows) as bar:
         if workers == 1 or len(rows) <= ALONE:
             for row in rows:
@@ -116,8 +118,10 @@ def _measure(paths: list[list[Path]], rows: list[int], channels: tuple[str, ...]
                     bar.update(len(tasks[task]))
                     yield from zip(tasks[task], task.result(), strict=True)
             except BrokenProcessPool as error:
-                raise DataError("A measuring process must not die. One did, most likely for want of memory: use fewer processes "
-                                f"(check.workers, now {workers}). What was measured is kept.") from error
+                raise DataError(
+                    "A measuring process must not die. One did, most likely for want of memory: use fewer processes "
+                    f"(check.workers, now {workers}). What was measured is kept."
+                ) from error
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -187,5 +191,6 @@ def _store(cache: Path, level: str, results: dict[str, dict[str, object]]) -> No
         table.to_parquet(new, index=False)
         os.replace(new, path)
     except OSError as error:
-        log.warning("Measurements are not kept: %s cannot be written (%s). plates.cache can name another folder.",
-                    path, error.strerror or error)
+        log.warning(
+            "Measurements are not kept: %s cannot be written (%s). plates.cache can name another folder.", path, error.strerror or error
+        )

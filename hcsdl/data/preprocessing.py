@@ -7,7 +7,6 @@ network; pixels become floats once; numpy only, so loader threads start no furth
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -101,8 +100,10 @@ class Preprocessing:
             The field has another number of channels than was fitted.
         """
         if len(image) != len(self.channels):
-            raise DataError(f"A field must have the channels {', '.join(self.channels)}. Found an array of shape {image.shape} on plate "
-                            f"{plate}: give it the same channels, in the same order.")
+            raise DataError(
+                f"A field must have the channels {', '.join(self.channels)}. Found an array of shape {image.shape} on plate "
+                f"{plate}: give it the same channels, in the same order."
+            )
         height, width = image.shape[1:]
         rows, columns = window_size(image.shape, self.crop_px, self.downsample)
         if augmentation is None:
@@ -113,7 +114,7 @@ class Preprocessing:
             top, left = augmentation.origin_px
             transpose, flip_rows, flip_columns = augmentation.orientation()
             down, across = -1 if flip_rows else 1, -1 if flip_columns else 1
-        view = image[:, top:top + rows, left:left + columns]
+        view = image[:, top : top + rows, left : left + columns]
         view = (view.swapaxes(1, 2) if transpose else view)[:, ::down, ::across]
         if out is None:
             out = np.empty((len(view), view.shape[1] // self.downsample, view.shape[2] // self.downsample), np.float32)
@@ -123,8 +124,10 @@ class Preprocessing:
         shift = (augmentation.offset if augmentation else 0.0) - offset * gain
         shading = None
         if grid is not None:
-            row_px, column_px = (origin + (self.downsample - 1) / 2 + np.arange(0, count, self.downsample, dtype=np.float32)
-                                 for origin, count in ((top, rows), (left, columns)))
+            row_px, column_px = (
+                origin + (self.downsample - 1) / 2 + np.arange(0, count, self.downsample, dtype=np.float32)
+                for origin, count in ((top, rows), (left, columns))
+            )
             sides = (height, width)
             if transpose:
                 row_px, column_px, sides, grid = column_px, row_px, sides[::-1], grid.swapaxes(1, 2)
@@ -148,6 +151,18 @@ class Preprocessing:
             state[name] = None if array is None else {"shape": list(array.shape), "float32": array.astype("<f4").tobytes()}
         return state | {name: list(getattr(self, name)) for name in _NAMES} | {"schema_version": SCHEMA_VERSION}
 
+    def save(self, path: Path) -> None:
+        """Write an .npz file, under another name first, so that nobody ever reads half of it. Raises OSError."""
+        state = {name: value for name, value in self.state_dict().items() if name not in _ARRAYS}
+        arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
+        new = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+        try:
+            np.savez(new, state=json.dumps(state), **arrays)
+            os.replace(new, path)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
+
     @classmethod
     def from_state_dict(cls, state: dict) -> Preprocessing:
         """Return the object that `state_dict` described.
@@ -158,8 +173,10 @@ class Preprocessing:
             The state is of another schema version.
         """
         if state.get("schema_version") != SCHEMA_VERSION:
-            raise DataError(f"A preprocessing state must have schema version {SCHEMA_VERSION}. Found {state.get('schema_version')}: train "
-                            "anew, or use the version of hcsdl that wrote it.")
+            raise DataError(
+                f"A preprocessing state must have schema version {SCHEMA_VERSION}. Found {state.get('schema_version')}: train "
+                "anew, or use the version of hcsdl that wrote it."
+            )
         values = {name: value for name, value in state.items() if name != "schema_version"}
         for name in _ARRAYS:
             if values[name] is not None:
@@ -215,8 +232,10 @@ def extend(preprocessing: Preprocessing, index: Index, progress: bool, workers: 
         The index has other channels; else as `fit_preprocessing`.
     """
     if tuple(index.channels) != preprocessing.channels:
-        raise DataError(f"New plates must have the channels {', '.join(preprocessing.channels)}. Found {', '.join(index.channels)} in "
-                        f"{index.root}: give them the same channels, in the same order.")
+        raise DataError(
+            f"New plates must have the channels {', '.join(preprocessing.channels)}. Found {', '.join(index.channels)} in "
+            f"{index.root}: give them the same channels, in the same order."
+        )
     plates = tuple(plate for plate in dict.fromkeys(index.table["Metadata_Plate"]) if plate not in preprocessing.plates)
     if not plates or (preprocessing.illumination == "none" and preprocessing.intensity == "none"):
         return preprocessing
@@ -226,11 +245,23 @@ def extend(preprocessing: Preprocessing, index: Index, progress: bool, workers: 
 def _unfitted(index: Index, config: DataConfig, control: str) -> Preprocessing:
     channels = len(index.channels)
     return Preprocessing(
-        channels=tuple(index.channels), plates=(), offset=np.zeros((0, channels), np.float32), scale=np.ones((0, channels), np.float32),
-        pooled_offset=np.zeros(channels, np.float32), pooled_scale=np.ones(channels, np.float32),
-        dark=np.zeros((0, channels), np.float32), pooled_dark=np.zeros(channels, np.float32), shading=None, pooled_shading=None,
-        plates_without_control=(), illumination=config.illumination, intensity=config.intensity, control=control,
-        crop_px=None, downsample=config.downsample)
+        channels=tuple(index.channels),
+        plates=(),
+        offset=np.zeros((0, channels), np.float32),
+        scale=np.ones((0, channels), np.float32),
+        pooled_offset=np.zeros(channels, np.float32),
+        pooled_scale=np.ones(channels, np.float32),
+        dark=np.zeros((0, channels), np.float32),
+        pooled_dark=np.zeros(channels, np.float32),
+        shading=None,
+        pooled_shading=None,
+        plates_without_control=(),
+        illumination=config.illumination,
+        intensity=config.intensity,
+        control=control,
+        crop_px=None,
+        downsample=config.downsample,
+    )
 
 
 def _fit(base: Preprocessing, index: Index, plates: tuple[str, ...], progress: bool, workers: int, skip: bool) -> Preprocessing:
@@ -257,8 +288,13 @@ def _fit(base: Preprocessing, index: Index, plates: tuple[str, ...], progress: b
     return _joined(base, plates, shadings, scalings, pooled_counts)
 
 
-def _joined(base: Preprocessing, plates: tuple[str, ...], shadings: list[tuple[np.ndarray, np.ndarray]],
-            scalings: dict[str, tuple[np.ndarray, np.ndarray]], pooled_counts: np.ndarray) -> Preprocessing:
+def _joined(
+    base: Preprocessing,
+    plates: tuple[str, ...],
+    shadings: list[tuple[np.ndarray, np.ndarray]],
+    scalings: dict[str, tuple[np.ndarray, np.ndarray]],
+    pooled_counts: np.ndarray,
+) -> Preprocessing:
     """Return `base` with what was fitted on `plates` added; plates without scaling take the pooled one, which a note tells."""
     pooled = base.pooled_offset, base.pooled_scale
     shading, pooled_shading, pooled_dark = base.shading, base.pooled_shading, base.pooled_dark
@@ -266,8 +302,10 @@ def _joined(base: Preprocessing, plates: tuple[str, ...], shadings: list[tuple[n
     without: tuple[str, ...] = ()
     if not base.plates and base.intensity != "none":
         if not scalings:
-            raise DataError(f"data.intensity={base.intensity} needs wells of the control compound {base.control!r} (plates.control) on at "
-                            f"least one plate. Found none on {len(plates)} plates: correct plates.control, or set data.intensity=none.")
+            raise DataError(
+                f"data.intensity={base.intensity} needs wells of the control compound {base.control!r} (plates.control) on at "
+                f"least one plate. Found none on {len(plates)} plates: correct plates.control, or set data.intensity=none."
+            )
         pooled = scaling(pooled_counts, base.intensity, "(all plates)", base.channels)
     if shadings:
         grids, dark = (np.stack(part) for part in zip(*shadings, strict=True))
@@ -277,18 +315,34 @@ def _joined(base: Preprocessing, plates: tuple[str, ...], shadings: list[tuple[n
     if base.intensity != "none":
         without = tuple(plate for plate in plates if plate not in scalings)
     if without:
-        log.warning("No wells of %s on %d of %d plates (%s): their intensities are scaled with the values of the other plates together.",
-                    base.control, len(without), len(plates), ", ".join(without[:5]) + (", …" if len(without) > 5 else ""))
+        log.warning(
+            "No wells of %s on %d of %d plates (%s): their intensities are scaled with the values of the other plates together.",
+            base.control,
+            len(without),
+            len(plates),
+            ", ".join(without[:5]) + (", …" if len(without) > 5 else ""),
+        )
     offsets, scales = (np.stack([scalings.get(plate, pooled)[part] for plate in plates]) for part in (0, 1))
     return dataclasses.replace(
-        base, plates=base.plates + plates, offset=np.concatenate([base.offset, offsets]), scale=np.concatenate([base.scale, scales]),
-        pooled_offset=pooled[0], pooled_scale=pooled[1], dark=np.concatenate([base.dark, dark]), pooled_dark=pooled_dark, shading=shading,
-        pooled_shading=pooled_shading, plates_without_control=base.plates_without_control + without)
+        base,
+        plates=base.plates + plates,
+        offset=np.concatenate([base.offset, offsets]),
+        scale=np.concatenate([base.scale, scales]),
+        pooled_offset=pooled[0],
+        pooled_scale=pooled[1],
+        dark=np.concatenate([base.dark, dark]),
+        pooled_dark=pooled_dark,
+        shading=shading,
+        pooled_shading=pooled_shading,
+        plates_without_control=base.plates_without_control + without,
+    )
 
 
-def _measured(index: Index, pool: ThreadPoolExecutor, bar: tqdm, skip: bool, rows: np.ndarray,
-              measure: Callable[[np.ndarray], T]) -> Iterator[T]:
+def _measured(
+    index: Index, pool: ThreadPoolExecutor, bar: tqdm, skip: bool, rows: np.ndarray, measure: Callable[[np.ndarray], T]
+) -> Iterator[T]:
     """Yield ``measure(field)`` in the rows' order, a few fields at a time; unreadable ones raise, or are left out with a note."""
+
     def one(row: int) -> T | DataError:
         try:
             return measure(read_field(index.paths(row)))
@@ -296,7 +350,7 @@ def _measured(index: Index, pool: ThreadPoolExecutor, bar: tqdm, skip: bool, row
             return error
 
     for first in range(0, len(rows), 16):
-        chunk = rows[first:first + 16]
+        chunk = rows[first : first + 16]
         for row, result in zip(chunk, pool.map(one, chunk), strict=True):
             bar.update()
             if not isinstance(result, DataError):
@@ -314,16 +368,25 @@ def _shape_and_grid(image: np.ndarray) -> tuple[tuple[int, int], np.ndarray]:
 def _plate_shading(found: list[tuple[tuple[int, int], np.ndarray]], how: str, plate: str) -> tuple[np.ndarray, np.ndarray]:
     shapes = sorted({shape for shape, _ in found})
     if len(shapes) > 1:
-        raise DataError(f"The fields of a plate must be of one size for data.illumination={how}. Found {shapes} px on plate {plate}: leave "
-                        "some out (plates.query), or set data.illumination=none.")
+        raise DataError(
+            f"The fields of a plate must be of one size for data.illumination={how}. Found {shapes} px on plate {plate}: leave "
+            "some out (plates.query), or set data.illumination=none."
+        )
     return fit_shading(np.array([grid for _, grid in found]), how, plate, shapes[0] if shapes else (1, 1))
 
 
 def _only_shading(base: Preprocessing, plate: str, fitted: tuple[np.ndarray, np.ndarray] | None) -> Preprocessing:
     """Return a preprocessing of one plate that corrects shading and nothing else."""
     zeros = np.zeros((1, len(base.channels)), np.float32)
-    return dataclasses.replace(base, plates=(plate,), offset=zeros, scale=zeros + 1, dark=zeros if fitted is None else fitted[1][None],
-                               shading=None if fitted is None else fitted[0][None], crop_px=None)
+    return dataclasses.replace(
+        base,
+        plates=(plate,),
+        offset=zeros,
+        scale=zeros + 1,
+        dark=zeros if fitted is None else fitted[1][None],
+        shading=None if fitted is None else fitted[0][None],
+        crop_px=None,
+    )
 
 
 def _corrected_histogram(shading: Preprocessing, plate: str, image: np.ndarray) -> np.ndarray:
@@ -331,35 +394,41 @@ def _corrected_histogram(shading: Preprocessing, plate: str, image: np.ndarray) 
 
 
 def _cache_path(cache: Path, index: Index, config: DataConfig, control: str) -> Path:
-    asked = {"schema": SCHEMA_VERSION, "index": index.hash, "root": str(index.root.resolve()), "control": control,
-             "illumination": config.illumination, "intensity": config.intensity, "downsample": config.downsample}
+    asked = {
+        "schema": SCHEMA_VERSION,
+        "index": index.hash,
+        "root": str(index.root.resolve()),
+        "control": control,
+        "illumination": config.illumination,
+        "intensity": config.intensity,
+        "downsample": config.downsample,
+    }
     return cache / f"preprocessing-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]}.npz"
 
 
+def load_preprocessing(path: Path) -> Preprocessing:
+    """Return what `Preprocessing.save` wrote. Raises OSError, ValueError and others at a file that is missing or garbage."""
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+        state = json.loads(str(stored["state"]))
+        arrays = {name: stored.get(name) for name in _ARRAYS}
+    state |= {name: None if array is None else {"shape": array.shape, "float32": array.tobytes()} for name, array in arrays.items()}
+    return Preprocessing.from_state_dict(state)
+
+
 def _write_cache(path: Path, fitted: Preprocessing) -> None:
-    """Write the file under another name first, so that nobody ever reads half of it. A failure is noted, no more."""
-    state = {name: value for name, value in fitted.state_dict().items() if name not in _ARRAYS}
-    arrays = {name: getattr(fitted, name) for name in _ARRAYS if getattr(fitted, name) is not None}
-    new = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    """Save, a failure is noted, no more."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(new, state=json.dumps(state), **arrays)
-        os.replace(new, path)
+        fitted.save(path)
     except OSError as error:
         log.warning("What was fitted is not kept for the next run: %s cannot be written (%s).", path, error.strerror or error)
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
 
 
 def _read_cache(path: Path, index: Index) -> Preprocessing | None:
     """Return what the file holds; None if there is none, or it is corrupt or older than the first image of a plate."""
     try:
         written = path.stat().st_mtime
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            state = json.loads(str(stored["state"]))
-            arrays = {name: stored.get(name) for name in _ARRAYS}
-        state |= {name: None if array is None else {"shape": array.shape, "float32": array.tobytes()} for name, array in arrays.items()}
-        found = Preprocessing.from_state_dict(state)
+        found = load_preprocessing(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # whatever a parser raises on garbage

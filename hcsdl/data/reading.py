@@ -47,8 +47,10 @@ def read_field(paths: Sequence[Path]) -> np.ndarray:
             if field is None:
                 field = np.empty((len(paths), *shape), dtype)
             if (shape, dtype) != (field.shape[1:], field.dtype):
-                raise DataError(f"The channels of a field must be alike: {paths[0]} is {_words(field.shape[1:], field.dtype)}, but {path} "
-                                f"is {_words(shape, dtype)}. Replace the file or leave the field out with plates.query.")
+                raise DataError(
+                    f"The channels of a field must be alike: {paths[0]} is {_words(field.shape[1:], field.dtype)}, but {path} "
+                    f"is {_words(shape, dtype)}. Replace the file or leave the field out with plates.query."
+                )
             _read_page(page, field[channel])
     assert field is not None
     return field
@@ -106,18 +108,24 @@ def _explained(error: Exception, path: Path) -> DataError:
 def _checked(page: tifffile.TiffPage, path: Path) -> tuple[tuple[int, int], np.dtype]:
     """Return the page's shape and dtype once it is known to be a plain image with all of its data inside the file."""
     if page.dtype not in DTYPES or len(page.shape) != 2 or 0 in page.shape:
-        raise DataError(f"An image must be one channel (rows, columns) of uint8 or uint16: {path} is {_words(page.shape, page.dtype)}. "
-                        "Convert it, or leave the field out with plates.query.")
+        raise DataError(
+            f"An image must be one channel (rows, columns) of uint8 or uint16: {path} is {_words(page.shape, page.dtype)}. "
+            "Convert it, or leave the field out with plates.query."
+        )
     size = page.parent.filehandle.size
     end = max((start + count for start, count in zip(page.dataoffsets, page.databytecounts, strict=False)), default=0)
     if page.is_contiguous:
         end = page.dataoffsets[0] + page.nbytes
     elif not len(page.dataoffsets) == len(page.databytecounts) == math.prod(page.chunked):
-        raise DataError(f"An image must be a whole TIFF file: {path} lists {len(page.dataoffsets)} of {math.prod(page.chunked)} pieces. "
-                        "Copy it again from its source.")
+        raise DataError(
+            f"An image must be a whole TIFF file: {path} lists {len(page.dataoffsets)} of {math.prod(page.chunked)} pieces. "
+            "Copy it again from its source."
+        )
     if end > size:
-        raise DataError(f"An image must be a whole TIFF file: {path} is truncated, it has {size} bytes and its pixels end at byte {end}. "
-                        "Copy it again from its source.")
+        raise DataError(
+            f"An image must be a whole TIFF file: {path} is truncated, it has {size} bytes and its pixels end at byte {end}. "
+            "Copy it again from its source."
+        )
     return (page.shape[0], page.shape[1]), np.dtype(page.dtype)
 
 

@@ -48,8 +48,18 @@ class Sampler:
         There are no fields, or a pass has fewer fields than a global batch, or `sampling` is unknown.
     """
 
-    def __init__(self, rows: Sequence[int] | np.ndarray, names: Sequence[str], classes: Sequence[int] | np.ndarray,
-                 treatments: Sequence[str], *, sampling: str, cap: int, global_batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        rows: Sequence[int] | np.ndarray,
+        names: Sequence[str],
+        classes: Sequence[int] | np.ndarray,
+        treatments: Sequence[str],
+        *,
+        sampling: str,
+        cap: int,
+        global_batch_size: int,
+        seed: int,
+    ) -> None:
         if sampling not in ("all", "capped", "balanced"):
             raise ConfigError(f"data.sampling must be one of all, capped, balanced. Got {sampling!r} instead.")
         if len(rows) == 0:
@@ -63,9 +73,11 @@ class Sampler:
         self.visits_per_pass = max(-(-count // len(group)) for count, group in zip(counts, self._groups, strict=True))
         self._passes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         if self.pass_length < global_batch_size:
-            raise ConfigError(f"training.global_batch_size must be at most the {self.pass_length} fields of a pass "
-                              f"({len(self.rows)} training fields, data.sampling={sampling}). Got {global_batch_size} instead: "
-                              "make it smaller, or train on more fields.")
+            raise ConfigError(
+                f"training.global_batch_size must be at most the {self.pass_length} fields of a pass "
+                f"({len(self.rows)} training fields, data.sampling={sampling}). Got {global_batch_size} instead: "
+                "make it smaller, or train on more fields."
+            )
 
     def _group(self, classes: np.ndarray, treatments: np.ndarray) -> list[np.ndarray]:
         """Return the positions (in name order) of the fields that are sampled together."""
@@ -127,11 +139,13 @@ class Sampler:
             `global_batch_size` is not a multiple of `world_size`; so also when there are more ranks than fields.
         """
         if self.global_batch_size % world_size:
-            raise ConfigError(f"training.global_batch_size must be a multiple of the number of ranks, {world_size}. Got "
-                              f"{self.global_batch_size} instead, of {len(self.rows)} training fields: change it, or distributed.ranks.")
+            raise ConfigError(
+                f"training.global_batch_size must be a multiple of the number of ranks, {world_size}. Got "
+                f"{self.global_batch_size} instead, of {len(self.rows)} training fields: change it, or distributed.ranks."
+            )
         share = self.global_batch_size // world_size
         rows, epochs = self.global_batch(step)
-        return rows[rank * share:(rank + 1) * share], epochs[rank * share:(rank + 1) * share]
+        return rows[rank * share : (rank + 1) * share], epochs[rank * share : (rank + 1) * share]
 
     def describe(self) -> dict[str, int | str]:
         """Return what the summary says about the sampling."""

@@ -83,7 +83,10 @@ def verdict(failed: dict[int, int]) -> tuple[int, str]:
     if code == LOST_RANK:
         return LOST_RANK, ""
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return LOST_RANK, f"rank {rank} {how}; the other ranks were stopped. The last checkpoint is intact: start the same command again to go on."
+    return (
+        LOST_RANK,
+        f"rank {rank} {how}; the other ranks were stopped. The last checkpoint is intact: start the same command again to go on.",
+    )
 
 
 class Stop(Exception):

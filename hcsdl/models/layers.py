@@ -26,15 +26,19 @@ def scaled_channels(channels: int, width: float) -> int:
 def check_image_size(image_size: tuple[int, int], minimum_size: tuple[int, int], error: type[Exception] = ConfigError) -> None:
     """Raise `error` unless `image_size` (rows, columns) is at least `minimum_size`."""
     if image_size[0] < minimum_size[0] or image_size[1] < minimum_size[1]:
-        raise error(f"Images must have at least {minimum_size[0]} rows and {minimum_size[1]} columns for this network. Got "
-                    f"{image_size[0]} × {image_size[1]} instead: use a larger data.crop_px or a smaller data.downsample.")
+        raise error(
+            f"Images must have at least {minimum_size[0]} rows and {minimum_size[1]} columns for this network. Got "
+            f"{image_size[0]} × {image_size[1]} instead: use a larger data.crop_px or a smaller data.downsample."
+        )
 
 
 def check_images(images: Tensor, in_channels: int, minimum_size: tuple[int, int]) -> None:
     """Raise `DataError` unless `images` is (N, in_channels, H, W) with H and W at least `minimum_size` (rows, columns)."""
     if images.ndim != 4 or images.shape[1] != in_channels:
-        raise DataError(f"The network takes mini-batches of shape (N, {in_channels}, rows, columns). Got {tuple(images.shape)} instead: "
-                        "feed it the channels it was built for.")
+        raise DataError(
+            f"The network takes mini-batches of shape (N, {in_channels}, rows, columns). Got {tuple(images.shape)} instead: "
+            "feed it the channels it was built for."
+        )
     check_image_size((images.shape[2], images.shape[3]), minimum_size, DataError)
 
 
@@ -44,6 +48,7 @@ def recomputed(module: nn.Module, images: Tensor) -> Tensor:
     The second pass works on copies of the buffers, so that batch norm's running statistics move once a step and not twice.
     Nothing random may happen inside `module`: the random state is not put back.
     """
+
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         return nullcontext(), _spared_buffers(module)
 

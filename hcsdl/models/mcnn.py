@@ -48,8 +48,16 @@ class MCNN(nn.Module):
     stem_weights : names of the weights that see the image's channels.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, *, image_size: tuple[int, int] | None = None, head: str = "fc",
-                 width: float = 1.0, checkpoint_activations: bool = False) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        image_size: tuple[int, int] | None = None,
+        head: str = "fc",
+        width: float = 1.0,
+        checkpoint_activations: bool = False,
+    ) -> None:
         super().__init__()
         self.in_channels = in_channels
         self.num_classes = num_classes
@@ -83,8 +91,10 @@ class MCNN(nn.Module):
         check_images(images, self.in_channels, self.minimum_size)
         rows, columns = images.shape[2:]
         if self.image_size is not None and (rows, columns) != tuple(self.image_size):
-            raise DataError(f"M-CNN with model.head=fc takes only the image size it was built for. Expected "
-                            f"{self.image_size[0]} × {self.image_size[1]}, got {rows} × {columns}: use one size, or model.head=pool.")
+            raise DataError(
+                f"M-CNN with model.head=fc takes only the image size it was built for. Expected "
+                f"{self.image_size[0]} × {self.image_size[1]}, got {rows} × {columns}: use one size, or model.head=pool."
+            )
         parts = []
         for n, column in enumerate(self.columns):
             if n > 0:
@@ -108,7 +118,11 @@ class MCNN(nn.Module):
 def _column(in_channels: int, channels: int, window: int) -> nn.Sequential:
     # The last ReLU stands after the pooling: the same numbers and gradients as before it, at 1 / window² of the work.
     return nn.Sequential(
-        nn.Conv2d(in_channels, channels, kernel_size=5, padding=2), nn.ReLU(inplace=True),
-        nn.Conv2d(channels, channels, kernel_size=5, padding=2), nn.ReLU(inplace=True),
-        nn.Conv2d(channels, channels, kernel_size=5, padding=2), nn.MaxPool2d(window), nn.ReLU(inplace=True),
+        nn.Conv2d(in_channels, channels, kernel_size=5, padding=2),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(channels, channels, kernel_size=5, padding=2),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(channels, channels, kernel_size=5, padding=2),
+        nn.MaxPool2d(window),
+        nn.ReLU(inplace=True),
     )

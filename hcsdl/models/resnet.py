@@ -46,8 +46,16 @@ class ResNet(nn.Module):
     minimum_size = (33, 33)
     stem_weights = ("conv1.weight",)
 
-    def __init__(self, name: str, in_channels: int, num_classes: int, *, width: float = 1.0, zero_init_residual: bool = True,
-                 checkpoint_activations: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        in_channels: int,
+        num_classes: int,
+        *,
+        width: float = 1.0,
+        zero_init_residual: bool = True,
+        checkpoint_activations: bool = False,
+    ) -> None:
         super().__init__()
         block, depths = LAYOUTS[name]
         planes = [scaled_channels(channels, width) for channels in (64, 128, 256, 512)]

@@ -43,11 +43,16 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
             found.setdefault(name, wanted[name])
     wrong = [f"{name} is missing" for name in wanted if name not in found]
     wrong += [f"{name} is not the network's" for name in found if name not in wanted]
-    wrong += [f"{name} has shape {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}" for name in wanted
-              if name in found and found[name].shape != wanted[name].shape]
+    wrong += [
+        f"{name} has shape {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in found and found[name].shape != wanted[name].shape
+    ]
     if wrong:
-        raise DataError(f"The weights in {path} must fit the network. {len(wrong)} differ: {'; '.join(wrong[:3])}. "
-                        "Set model.name and model.width to those of the file, or model.weights=null.")
+        raise DataError(
+            f"The weights in {path} must fit the network. {len(wrong)} differ: {'; '.join(wrong[:3])}. "
+            "Set model.name and model.width to those of the file, or model.weights=null."
+        )
     model.load_state_dict(found)
     return "; ".join([f"weights loaded from {path} ({len(wanted)} tensors)", *notes])
 

@@ -63,8 +63,14 @@ class Index:
         """Write `index.parquet` and `index.json` (hash, schema version, channels, root, notes) and return the former's path."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "index.parquet"
-        about = {"schema_version": SCHEMA_VERSION, "hash": self.hash, "channels": list(self.channels), "root": str(self.root),
-                 "fields": len(self.table), "notes": list(self.notes)}
+        about = {
+            "schema_version": SCHEMA_VERSION,
+            "hash": self.hash,
+            "channels": list(self.channels),
+            "root": str(self.root),
+            "fields": len(self.table),
+            "notes": list(self.notes),
+        }
         _replace(path, lambda new: self.table.to_parquet(new, index=False))
         _replace(path.with_suffix(".json"), lambda new: new.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n"))
         return path
@@ -119,8 +125,10 @@ def read_index(config: PlatesConfig, *, moa: bool = True, files: bool = True) ->
     table, channels, notes = read_table(root, control=config.control, moa=moa)
     if config.query is not None:
         if not moa and "Metadata_MoA" in config.query:
-            raise ConfigError("plates.query must not ask for Metadata_MoA where no MoA is read, as with training.target=Compound. "
-                              f"Got {config.query!r} instead.")
+            raise ConfigError(
+                "plates.query must not ask for Metadata_MoA where no MoA is read, as with training.target=Compound. "
+                f"Got {config.query!r} instead."
+            )
         chosen = _queried(table, config)
         notes.append(f"plates.query keeps {int(chosen.sum())} of {len(table)} fields.")
         table = table[chosen].reset_index(drop=True)
@@ -211,13 +219,17 @@ class _Folders:
 
 def _missing_words(index: Index, missing: np.ndarray) -> str:
     rows, numbers = np.nonzero(missing)
-    first = [f"{index.field_name(row)} {index.channels[number]}: {index.table[f'Path_{index.channels[number]}'].iat[row]}"
-             for row, number in zip(rows[:3], numbers[:3], strict=True)]
+    first = [
+        f"{index.field_name(row)} {index.channels[number]}: {index.table[f'Path_{index.channels[number]}'].iat[row]}"
+        for row, number in zip(rows[:3], numbers[:3], strict=True)
+    ]
     dots = "; …" if len(rows) > 3 else ""
     fields = int(missing.any(axis=1).sum())
-    return (f"Every image in the list must be under plates.root, {index.root}, in its folder there or in that folder's last part: "
-            f"missing are {len(rows)} of {missing.size} images, of {fields} of {len(missing)} fields ({'; '.join(first)}{dots}). "
-            "Copy them there, or leave these fields out with plates.query; `hcsdl check` lists all.")
+    return (
+        f"Every image in the list must be under plates.root, {index.root}, in its folder there or in that folder's last part: "
+        f"missing are {len(rows)} of {missing.size} images, of {fields} of {len(missing)} fields ({'; '.join(first)}{dots}). "
+        "Copy them there, or leave these fields out with plates.query; `hcsdl check` lists all."
+    )
 
 
 def _queried(table: pd.DataFrame, config: PlatesConfig) -> np.ndarray:
@@ -229,8 +241,10 @@ def _queried(table: pd.DataFrame, config: PlatesConfig) -> np.ndarray:
         mask = table.eval(query, engine="python")
     except Exception as error:  # pandas raises what the expression raises
         names = ", ".join(column for column in table if column.startswith("Metadata_"))
-        raise ConfigError(f"plates.query must be a pandas expression over the columns of the index ({names}, …). "
-                          f"Got {query!r}, which fails: {' '.join(str(error).split())}.") from error
+        raise ConfigError(
+            f"plates.query must be a pandas expression over the columns of the index ({names}, …). "
+            f"Got {query!r}, which fails: {' '.join(str(error).split())}."
+        ) from error
     if not isinstance(mask, pd.Series) or not mask.dropna().isin([True, False]).all():
         raise ConfigError(f"plates.query must be true or false for every field. Got {query!r}, which is not.")
     mask = mask.astype(object).where(mask.notna(), False).astype(bool)  # what is asked of an unknown value is not so

@@ -41,7 +41,7 @@ def measure_field(image: np.ndarray, channels: Sequence[str]) -> dict[str, float
         mean, sd = _moments(counts)
         measured[f"QC_Focus_{channel}"] = focus_slope(plane)
         measured[f"QC_Saturated_{channel}"] = saturated_share(counts, plane.dtype)
-        measured[f"QC_Foreground_{channel}"] = float(counts[otsu_threshold(counts) + 1:].sum() / plane.size)
+        measured[f"QC_Foreground_{channel}"] = float(counts[otsu_threshold(counts) + 1 :].sum() / plane.size)
         measured[f"Intensity_Mean_{channel}"] = mean
         measured[f"Intensity_Sd_{channel}"] = sd
         for percent, value in zip(PERCENTILES, percentiles(counts, PERCENTILES), strict=True):
@@ -106,7 +106,7 @@ def focus_slope(plane: np.ndarray) -> float:
     """
     side = min(plane.shape)
     top, left = (plane.shape[0] - side) // 2, (plane.shape[1] - side) // 2
-    square = plane[top:top + side, left:left + side].astype(np.float32)
+    square = plane[top : top + side, left : left + side].astype(np.float32)
     square -= square.mean()
     if not square.any():
         return 0.0
@@ -116,8 +116,8 @@ def focus_slope(plane: np.ndarray) -> float:
     limit = len(sizes)
     rows = fft.rfft(square, axis=1)[:, :limit]  # only low frequencies are used: the second transform skips the rest
     spectrum = fft.fft(rows, axis=0)
-    low = np.concatenate([spectrum[:limit], spectrum[-limit + 1:]])
-    power = np.bincount(rings.ravel(), (low.real ** 2 + low.imag ** 2).ravel(), minlength=limit)[2:limit] / sizes[2:]
+    low = np.concatenate([spectrum[:limit], spectrum[-limit + 1 :]])
+    power = np.bincount(rings.ravel(), (low.real**2 + low.imag**2).ravel(), minlength=limit)[2:limit] / sizes[2:]
     frequency = np.arange(2, limit)
     valid = power > 0
     if valid.sum() < 2:

@@ -42,8 +42,9 @@ def target_column(table: pd.DataFrame, target: str) -> str:
     for column in columns:
         if column.lower() == wanted:
             return column
-    raise ConfigError(f"training.target must be one of {', '.join(column.removeprefix('Metadata_') for column in columns)}. "
-                      f"Got {target!r} instead.")
+    raise ConfigError(
+        f"training.target must be one of {', '.join(column.removeprefix('Metadata_') for column in columns)}. Got {target!r} instead."
+    )
 
 
 def target_labels(table: pd.DataFrame, target: str) -> pd.Series:
@@ -61,11 +62,15 @@ def target_labels(table: pd.DataFrame, target: str) -> pd.Series:
         none |= table["Metadata_Compound"].str.lower() == UNKNOWN
     labels = labels.map(str, na_action="ignore").where(~none, None)
     if none.all():
-        raise DataError(f"training.target={target} must be known for some fields. None of {len(table)} has one: check the MoA file and "
-                        "plates.query, or learn another target.")
+        raise DataError(
+            f"training.target={target} must be known for some fields. None of {len(table)} has one: check the MoA file and "
+            "plates.query, or learn another target."
+        )
     if len(classes := set(labels[~none])) == 1:
-        raise DataError(f"training.target={target} must have at least two classes. All {int((~none).sum())} labelled fields are "
-                        f"{classes.pop()!r}: widen plates.query, or learn another target.")
+        raise DataError(
+            f"training.target={target} must have at least two classes. All {int((~none).sum())} labelled fields are "
+            f"{classes.pop()!r}: widen plates.query, or learn another target."
+        )
     return labels
 
 
@@ -129,17 +134,21 @@ def _whole(used: pd.DataFrame, kind: str, fraction: float, rng: np.random.Genera
     table = pd.crosstab(used["label"], used[column]).sort_index().sort_index(axis=1) > 0
     names, occurs = table.columns.to_numpy(), table.to_numpy()
     if len(names) == 1:
-        raise DataError(f"plates.split={kind} must have at least two {_many(kind)} to part. There is one, {names[0]!r}: "
-                        "use plates.split=random_well, or add plates.")
+        raise DataError(
+            f"plates.split={kind} must have at least two {_many(kind)} to part. There is one, {names[0]!r}: "
+            "use plates.split=random_well, or add plates."
+        )
     count = min(max(1, round(fraction * len(names))), len(names) - 1)
     for _ in range(DRAWS):
         chosen = rng.permutation(len(names))[:count]
         if np.delete(occurs, chosen, axis=1).any(axis=1).all():
             return used[column].isin(names[chosen]).to_numpy()
     single = table.index[occurs.sum(axis=1) == 1].tolist()
-    raise DataError(f"plates.split={kind} must leave every class in train. Holding out {count} of {len(names)} {_many(kind)} does not: "
-                    f"{len(single)} of {len(table)} classes occur in one only ({_some(single)}). Use plates.split=random_well, a smaller "
-                    "plates.val_fraction, or plates.query without these classes.")
+    raise DataError(
+        f"plates.split={kind} must leave every class in train. Holding out {count} of {len(names)} {_many(kind)} does not: "
+        f"{len(single)} of {len(table)} classes occur in one only ({_some(single)}). Use plates.split=random_well, a smaller "
+        "plates.val_fraction, or plates.query without these classes."
+    )
 
 
 def _many(kind: str) -> str:
@@ -159,21 +168,27 @@ def _compounds(table: pd.DataFrame) -> dict[str, list[str]]:
 def _fold(used: pd.DataFrame, table: pd.DataFrame, target: str, fold: int) -> np.ndarray:
     """Return a mask (rows,), bool, of held-out rows: the `fold`-th compound of every mechanism of action that has as many."""
     if target_column(table, target) in ONE_PER_COMPOUND:
-        raise ConfigError(f"plates.split=compound_folds must have a target that several compounds share. training.target={target} is none: "
-                          "a held-out compound would be a class that training never sees. Use training.target=MoA or another split.")
+        raise ConfigError(
+            f"plates.split=compound_folds must have a target that several compounds share. training.target={target} is none: "
+            "a held-out compound would be a class that training never sees. Use training.target=MoA or another split."
+        )
     compounds = _compounds(table)
     if not compounds:
-        raise DataError("plates.split=compound_folds must know mechanisms of action. No field but the control's has one: "
-                        "check the MoA file.")
+        raise DataError(
+            "plates.split=compound_folds must know mechanisms of action. No field but the control's has one: check the MoA file."
+        )
     folds = count_folds(table)
     if not 0 <= fold < folds:
-        raise ConfigError(f"plates.fold must be 0 to {folds - 1}, for no mechanism of action has more than {folds} compounds. "
-                          f"Got {fold} instead.")
+        raise ConfigError(
+            f"plates.fold must be 0 to {folds - 1}, for no mechanism of action has more than {folds} compounds. Got {fold} instead."
+        )
     lonely = [moa for moa, members in compounds.items() if len(members) == 1]
     if lonely:
-        raise DataError(f"plates.split=compound_folds must have two compounds of every mechanism of action, one to train on. "
-                        f"{len(lonely)} of {len(compounds)} have one ({_some(lonely)}): leave these out with "
-                        "plates.query, or use another split.")
+        raise DataError(
+            f"plates.split=compound_folds must have two compounds of every mechanism of action, one to train on. "
+            f"{len(lonely)} of {len(compounds)} have one ({_some(lonely)}): leave these out with "
+            "plates.query, or use another split."
+        )
     held_out = {members[fold] for members in compounds.values() if len(members) > fold}
     return (used["Metadata_Compound"].isin(held_out) & used["Metadata_MoA"].notna()).to_numpy()
 
@@ -181,12 +196,17 @@ def _fold(used: pd.DataFrame, table: pd.DataFrame, target: str, fold: int) -> np
 def _refuse_untrainable(labels: pd.Series, held_out: np.ndarray, kind: str, target: str) -> None:
     train, val = set(labels[~held_out]), set(labels[held_out])
     if not val or not train:
-        raise DataError(f"plates.split={kind} must leave fields on both sides. {'train' if val else 'val'} is empty, for each of the "
-                        f"{len(train | val)} classes of training.target={target} has too few wells: add some, or use another split.")
+        raise DataError(
+            f"plates.split={kind} must leave fields on both sides. {'train' if val else 'val'} is empty, for each of the "
+            f"{len(train | val)} classes of training.target={target} has too few wells: add some, or use another split."
+        )
     if len(train) == 1:
-        raise DataError(f"plates.split={kind} must leave at least two classes to train on. Only {train.pop()!r} is left: "
-                        "use another split.")
+        raise DataError(
+            f"plates.split={kind} must leave at least two classes to train on. Only {train.pop()!r} is left: use another split."
+        )
     if val - train:
-        raise DataError(f"plates.split={kind} must leave every held-out class in train. {len(val - train)} classes of "
-                        f"training.target={target} are in val alone ({_some(sorted(val - train))}): use another split, or leave "
-                        "these out with plates.query.")
+        raise DataError(
+            f"plates.split={kind} must leave every held-out class in train. {len(val - train)} classes of "
+            f"training.target={target} are in val alone ({_some(sorted(val - train))}): use another split, or leave "
+            "these out with plates.query."
+        )

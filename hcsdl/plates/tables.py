@@ -30,8 +30,10 @@ def find_csv(root: Path, kind: str) -> Path | None:
     endings = (f"_{kind}.csv", f"_{kind}.csv.gz")
     found = sorted(path for path in root.iterdir() if path.name.lower().endswith(endings) and path.is_file())
     if len(found) > 1:
-        raise DataError(f"plates.root must hold one file named *_{kind}.csv or *_{kind}.csv.gz: {root} has {len(found)}, "
-                        f"{', '.join(path.name for path in found)}. Move all but one elsewhere.")
+        raise DataError(
+            f"plates.root must hold one file named *_{kind}.csv or *_{kind}.csv.gz: {root} has {len(found)}, "
+            f"{', '.join(path.name for path in found)}. Move all but one elsewhere."
+        )
     return found[0] if found else None
 
 
@@ -81,8 +83,9 @@ def read_table(root: Path, *, control: str, moa: bool) -> tuple[pd.DataFrame, tu
 def _read_csv(path: Path) -> pd.DataFrame:
     """Return a CSV file as text, every cell stripped; an empty cell is an empty text."""
     try:
-        raw = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True,
-                          compression="gzip" if path.name.lower().endswith(".gz") else None)
+        raw = pd.read_csv(
+            path, dtype=str, keep_default_na=False, skipinitialspace=True, compression="gzip" if path.name.lower().endswith(".gz") else None
+        )
     except (OSError, EOFError, ValueError, zlib.error) as error:  # pandas' parser errors and Unicode errors are ValueErrors
         raise DataError(f"A list must be a CSV file in UTF-8: {path} cannot be read ({' '.join(str(error).split())}).") from error
     raw.columns = raw.columns.str.strip()
@@ -147,8 +150,10 @@ def _sites(raw: pd.DataFrame, path: Path, table: pd.DataFrame, channel: str) -> 
             return _numbers(raw, path, name).astype(int)
     sites = table[f"Path_{channel}"].str.extract(SITE, expand=False)
     if sites.isna().any():
-        raise DataError(f"{path} must have a column Image_Metadata_Site, or file names with `_s<number>_` as `G10_s1_w1.tif`. "
-                        f"{_rows(sites.isna())} {table.loc[sites.isna(), f'Path_{channel}'].iloc[0]!r}.")
+        raise DataError(
+            f"{path} must have a column Image_Metadata_Site, or file names with `_s<number>_` as `G10_s1_w1.tif`. "
+            f"{_rows(sites.isna())} {table.loc[sites.isna(), f'Path_{channel}'].iloc[0]!r}."
+        )
     return sites.astype(int)
 
 
@@ -156,13 +161,17 @@ def _refuse_duplicates(table: pd.DataFrame, channels: tuple[str, ...], path: Pat
     again = table.duplicated(KEYS)
     if again.any():
         plate, well, site = table.loc[again, KEYS].iloc[0]
-        raise DataError(f"A field must stand once in {path}. {_rows(again)} a plate, well and site that stand above, "
-                        f"such as {plate}/{well}/{site}: remove one, or correct its site.")
+        raise DataError(
+            f"A field must stand once in {path}. {_rows(again)} a plate, well and site that stand above, "
+            f"such as {plate}/{well}/{site}: remove one, or correct its site."
+        )
     images = table[[f"Path_{channel}" for channel in channels]].stack().str.lower()
     if images.duplicated().any():
         line, column = images.index[images.duplicated()][0]
-        raise DataError(f"An image must belong to one field and one channel. {path} names {table.at[line, column]} more than once, "
-                        f"again in line {line + 2}: correct the file name.")
+        raise DataError(
+            f"An image must belong to one field and one channel. {path} names {table.at[line, column]} more than once, "
+            f"again in line {line + 2}: correct the file name."
+        )
 
 
 def _pairs(compounds: pd.Series, concentrations: pd.Series) -> pd.Series:
@@ -174,8 +183,10 @@ def _mechanisms(table: pd.DataFrame, root: Path, is_control: pd.Series, notes: l
     """Return the MoA of every field, None where there is none, by compound and concentration."""
     path = find_csv(root, "moa")
     if path is None:
-        raise DataError(f"plates.root must hold *_moa.csv or *_moa.csv.gz (compound, concentration, moa) where MoAs are needed. "
-                        f"Found none in {root}: add it, or learn another target, such as training.target=Compound.")
+        raise DataError(
+            f"plates.root must hold *_moa.csv or *_moa.csv.gz (compound, concentration, moa) where MoAs are needed. "
+            f"Found none in {root}: add it, or learn another target, such as training.target=Compound."
+        )
     raw = _read_csv(path)
     raw.columns = raw.columns.str.lower()
     compounds, labels = _column(raw, path, "compound"), _column(raw, path, "moa")
@@ -191,8 +202,10 @@ def _mechanisms(table: pd.DataFrame, root: Path, is_control: pd.Series, notes: l
     found = found.where(found.notna(), None)
     strangers = ~known["key"].isin(set(fields))
     if strangers.any() and strangers.sum() >= (~known["moa"].isin([CONTROL_MOA])).sum():
-        raise DataError(f"Some treatment of {path} must occur in the images. None of its {len(known)} does (the first is "
-                        f"{known['key'].iloc[0].replace(chr(10), ' at ')}): check names and the concentrations' unit.")
+        raise DataError(
+            f"Some treatment of {path} must occur in the images. None of its {len(known)} does (the first is "
+            f"{known['key'].iloc[0].replace(chr(10), ' at ')}): check names and the concentrations' unit."
+        )
     if strangers.any():
         names = [key.replace("\n", " at ") for key in known.loc[strangers, "key"]]
         notes.append(f"{path.name} has {len(names)} treatments that no field has: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}.")

@@ -45,8 +45,8 @@ def conditions(seed: int, field: Field) -> Conditions:
     well = np.random.default_rng([seed, _WELL, field.plate, *field.well.encode()])
     site = np.random.default_rng([seed, _WELL, field.plate, *field.well.encode(), field.site])
     edge = field.well[0] in (ROWS[0], ROWS[-1]) or int(field.well[1:]) in (COLUMNS[0], COLUMNS[-1])
-    gain = np.exp(batch.normal(0, 0.2, 3) + plate.normal(0, 0.2, 3) + well.normal(0.08 * edge, 0.09, 3) + site.normal(0, 0.04, 3))
-    background = 220 * np.exp(batch.normal(0, 0.2, 3) + plate.normal(0, 0.15, 3) + well.normal(0.1 * edge, 0.08, 3))
+    gain = np.exp(batch.normal(0, 0.25, 3) + plate.normal(0, 0.25, 3) + well.normal(0.08 * edge, 0.09, 3) + site.normal(0, 0.04, 3))
+    background = 220 * np.exp(batch.normal(0, 0.25, 3) + plate.normal(0, 0.25, 3) + well.normal(0.1 * edge, 0.08, 3))
     density = np.exp(batch.normal(0, 0.08) + plate.normal(0, 0.08) + well.normal(-0.15 * edge, 0.13))
     blur = 0.5 + 0.2 * abs(plate.normal()) + 0.2 * abs(well.normal()) + 0.1 * abs(site.normal())
     return Conditions(gain, background, plate.normal(0, (0.12, 0.12, 0.05, 0.05, 0.05), (3, 5)), noise=float(plate.uniform(0.6, 1.6)),

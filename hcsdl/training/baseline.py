@@ -36,8 +36,10 @@ def baseline_scores(features: pd.DataFrame, table: pd.DataFrame, split: pd.Serie
     values = standardised(features, table["Metadata_Plate"], table["Metadata_Compound"] == control)
     train, val = ((part == name) & labels.notna() for name in ("train", "val"))
     if labels[train].nunique() < 2 or not val.any():
-        raise DataError(f"The baseline needs two classes of {column} in train and a labelled field in val. "
-                        f"Got {labels[train].nunique()} classes and {int(val.sum())} fields: change plates.split or plates.query.")
+        raise DataError(
+            f"The baseline needs two classes of {column} in train and a labelled field in val. "
+            f"Got {labels[train].nunique()} classes and {int(val.sum())} fields: change plates.split or plates.query."
+        )
     model = LogisticRegression(C=1.0, max_iter=5000).fit(values[train], labels[train].astype(str))
     logs = pd.DataFrame(model.predict_log_proba(values[val]), columns=model.classes_)
     truth = labels[val].astype(str).reset_index(drop=True)

@@ -109,7 +109,9 @@ def load_newest(paths: Sequence[Path]) -> Checkpoint | None:
         except DataError as error:
             log.warning("%s Trying the one before.", error)
     if paths:
-        raise DataError(f"one checkpoint at least must be whole. None of {len(paths)} in {paths[0].parent} is; start anew in another run_dir.")
+        raise DataError(
+            f"one checkpoint at least must be whole. None of {len(paths)} in {paths[0].parent} is; start anew in another run_dir."
+        )
     return None
 
 

@@ -77,7 +77,13 @@ class Journal(Silence):
 
     def event(self, event: str, step: int, values: dict[str, Any]) -> None:
         """Write one line; its numbers go to TensorBoard too."""
-        head = {"schema_version": SCHEMA_VERSION, "event": event, "attempt": self._folder.attempt, "step": step, "time": round(time.time(), 3)}
+        head = {
+            "schema_version": SCHEMA_VERSION,
+            "event": event,
+            "attempt": self._folder.attempt,
+            "step": step,
+            "time": round(time.time(), 3),
+        }
         self._file.write(json.dumps(head | values) + "\n")
         for name, value in values.items():
             if isinstance(value, int | float):

@@ -58,14 +58,20 @@ def score_fields(logits: Tensor, labels: Tensor, classes: Sequence[str], unit: s
         raise DataError(f"Scoring needs at least one of the {unit}. Got none: is the split's held-out part empty?")
     count = len(classes)
     predicted, labels = logits.float().argmax(dim=1).cpu(), labels.cpu()
-    precision, recall, f1 = (score(predicted, labels, count, average="none").numpy()
-                             for score in (multiclass_precision, multiclass_recall, multiclass_f1_score))
+    precision, recall, f1 = (
+        score(predicted, labels, count, average="none").numpy() for score in (multiclass_precision, multiclass_recall, multiclass_f1_score)
+    )
     confusion = multiclass_confusion_matrix(predicted, labels, count).numpy()
     support = confusion.sum(axis=1)
     per_class = pd.DataFrame({"class": list(classes), unit: support, "precision": precision, "recall": recall, "f1": f1})
     per_class.loc[support == 0, ["precision", "recall", "f1"]] = np.nan
-    return Scores(unit=unit, accuracy=float(multiclass_accuracy(predicted, labels, count, average="micro")),
-                  macro_f1=float(per_class["f1"].mean()), per_class=per_class, confusion=confusion)
+    return Scores(
+        unit=unit,
+        accuracy=float(multiclass_accuracy(predicted, labels, count, average="micro")),
+        macro_f1=float(per_class["f1"].mean()),
+        per_class=per_class,
+        confusion=confusion,
+    )
 
 
 def score_wells(logits: Tensor, labels: Tensor, wells: Sequence[Hashable], classes: Sequence[str]) -> Scores:

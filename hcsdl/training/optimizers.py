@@ -49,8 +49,14 @@ class LARS(torch.optim.Optimizer):
     lr : global learning rate; peaks of 1 … 30 are usual, as the trust coefficient multiplies it.
     """
 
-    def __init__(self, parameters: Iterable[Tensor] | Iterable[dict], lr: float, momentum: float = 0.9, weight_decay: float = 0.0,
-                 trust_coefficient: float | None = TRUST_COEFFICIENT) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[Tensor] | Iterable[dict],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float | None = TRUST_COEFFICIENT,
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient})
 
     @torch.no_grad()

@@ -15,7 +15,9 @@ from hcsdl.distributed.group import Group
 from hcsdl.kernels import Kernels
 
 
-def predict(model: torch.nn.Module, loader: Iterable[MiniBatch], kernels: Kernels, group: Group) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def predict(
+    model: torch.nn.Module, loader: Iterable[MiniBatch], kernels: Kernels, group: Group
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (rows int64 (N,), labels int64 (N,), logits float32 (N, K)), sorted by row, the same on every rank.
 
     Ranks may hold different numbers of fields, none included. The model is put into evaluation mode and back.

@@ -3,8 +3,9 @@
     config.yaml        the resolved settings             model.safetensors   the network's weights after the last step
     plan.json          what was decided before the start  checkpoints/        step-*.pt, best.pt
     index.parquet      the fields used, with split and class   logs/           rank*.log
-    summary.json       what came out                     tensorboard/        curves
-    journal.jsonl      what happened, a JSON object a line     lock          who writes now: host, process, attempt
+    preprocessing.npz  the fitted intensity and shading   tensorboard/        curves
+    summary.json       what came out                     lock                who writes now: host, process, attempt
+    journal.jsonl      what happened, a JSON object a line
 
 Promises: one writer at a time; a dead writer's lock is taken over; a writer that is no longer the newest attempt refuses to save.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import socket
 from pathlib import Path
@@ -30,7 +32,7 @@ class RunFolder:
         self.config, self.plan, self.summary = self.path / "config.yaml", self.path / "plan.json", self.path / "summary.json"
         self.index, self.journal, self.weights = self.path / "index.parquet", self.path / "journal.jsonl", self.path / "model.safetensors"
         self.checkpoints, self.logs, self.tensorboard = self.path / "checkpoints", self.path / "logs", self.path / "tensorboard"
-        self.lock = self.path / "lock"
+        self.preprocessing, self.lock = self.path / "preprocessing.npz", self.path / "lock"
         self.attempt = 0
         self._held: int | None = None
 
@@ -118,6 +120,6 @@ def _plain(value: object) -> object:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    if isinstance(value, float) and value != value:
+    if isinstance(value, float) and math.isnan(value):
         return None
     return value

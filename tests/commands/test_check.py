@@ -40,8 +40,11 @@ def test_sound_plates(screen, level, capsys):
     assert check(screen, level) == 0
     found = report(screen)
     assert found["schema_version"] == 1 and found["breaks_training"] is False and found["problems"] == []
-    assert found["counts"] | {"fields": 48, "wells": 24, "plates": 2, "batches": 1, "compounds": 3, "treatments": 3, "moas": 2,
-                              "control_fields": 8} == found["counts"]
+    assert (
+        found["counts"]
+        | {"fields": 48, "wells": 24, "plates": 2, "batches": 1, "compounds": 3, "treatments": 3, "moas": 2, "control_fields": 8}
+        == found["counts"]
+    )
     assert found["images"] == ({} if level == "metadata" else {"32 x 40 uint16": 48})
     printed = capsys.readouterr().out
     assert "wells                     24" in printed and "nothing found that would break training" in printed
@@ -126,5 +129,16 @@ def test_cache_that_cannot_be_written(screen, tmp_path, monkeypatch, capsys):
 def test_real_csv(tmp_path, capsys):
     assert check(REAL_CSV, "metadata", cache=str(tmp_path)) == 0
     counts = json.loads((tmp_path / "check.json").read_text())["counts"]
-    assert counts == {"fields": 13200, "wells": 3300, "plates": 55, "batches": 10, "compounds": 113, "treatments": 906, "moas": 12,
-                      "compounds_with_moa": 38, "treatments_with_moa": 103, "fields_with_moa": 2528, "control_fields": 1320}
+    assert counts == {
+        "fields": 13200,
+        "wells": 3300,
+        "plates": 55,
+        "batches": 10,
+        "compounds": 113,
+        "treatments": 906,
+        "moas": 12,
+        "compounds_with_moa": 38,
+        "treatments_with_moa": 103,
+        "fields_with_moa": 2528,
+        "control_fields": 1320,
+    }

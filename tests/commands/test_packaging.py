@@ -19,7 +19,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the built wheel installed in it, without dependencies."""
     work = tmp_path_factory.mktemp("wheel")
     source = work / "source"
-    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=HERE, capture_output=True, text=True, check=False).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=HERE, capture_output=True, text=True, check=False
+    ).stdout.split()
     assert tracked, "the test needs a git checkout"
     for name in tracked:
         if (HERE / name).is_file() and not name.startswith("tests/"):
@@ -36,7 +38,9 @@ def test_train_composes_from_an_empty_folder(installed: Path, tmp_path: Path) ->
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(installed)}
     script = "import hcsdl, sys; print(hcsdl.__file__, file=sys.stderr); from hcsdl.commands.cli import main; sys.exit(main())"
     words = ["train", "experiment=bbbc021_mcnn", "--cfg", "job"]
-    told = subprocess.run([sys.executable, "-c", script, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    told = subprocess.run(
+        [sys.executable, "-c", script, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert told.returncode == 0, told.stderr
     assert str(installed) in told.stderr, "the test ran another copy"
     assert "global_batch_size: 256" in told.stdout

@@ -71,9 +71,9 @@ def test_orientation_is_what_numpy_does():
     for turns in range(4):
         for rows in (False, True):
             for columns in (False, True):
-                expected = np.rot90(image, turns)[::-1 if rows else 1, ::-1 if columns else 1]
+                expected = np.rot90(image, turns)[:: -1 if rows else 1, :: -1 if columns else 1]
                 transpose, down, across = Augmentation(rows, columns, turns, (1.0,), (0.0,), (0, 0)).orientation()
-                found = (image.T if transpose else image)[::-1 if down else 1, ::-1 if across else 1]
+                found = (image.T if transpose else image)[:: -1 if down else 1, :: -1 if across else 1]
                 np.testing.assert_array_equal(found, expected)
 
 
@@ -82,8 +82,10 @@ def test_window_is_the_crop_less_what_fills_no_pixel():
     assert window_size((3, 101, 203), [50, 51], 2) == (50, 50)
 
 
-@pytest.mark.parametrize(("crop", "downsample", "text"), [
-    ([65, 32], 1, "fit into a field of 64 × 64 px"), ([32], 1, r"\[rows, columns\]"), ([8, 8], 9, "data.downsample must be at most")])
+@pytest.mark.parametrize(
+    ("crop", "downsample", "text"),
+    [([65, 32], 1, "fit into a field of 64 × 64 px"), ([32], 1, r"\[rows, columns\]"), ([8, 8], 9, "data.downsample must be at most")],
+)
 def test_impossible_windows_are_explained(crop, downsample, text):
     with pytest.raises(ConfigError, match=text):
         window_size((1, 64, 64), crop, downsample)

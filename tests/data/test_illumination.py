@@ -22,7 +22,7 @@ def shading_function(shape: tuple[int, int]) -> np.ndarray:
 def sparse_cells(random: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
     """Return a field of about a hundred bright round cells on a dim background, float64 (H, W); some are cut by the border."""
     field = np.full(shape, 400.0)
-    y, x = np.ogrid[:shape[0], :shape[1]]
+    y, x = np.ogrid[: shape[0], : shape[1]]
     for _ in range(random.integers(60, 150)):
         radius = random.uniform(4, 9)
         cy, cx = (random.uniform(-9, side + 9) for side in shape)
@@ -108,7 +108,7 @@ def test_coarse_grid_is_the_mean_of_blocks(shape):
     grid = coarse_grid(image)[0]
     rows, columns = (np.linspace(0, size, cells + 1).astype(int) for size, cells in zip(shape, grid.shape, strict=True))
     for i, j in [(0, 0), (0, grid.shape[1] - 1), (grid.shape[0] // 2, grid.shape[1] // 3), (grid.shape[0] - 1, 0)]:
-        assert grid[i, j] == pytest.approx(image[0, rows[i]:rows[i + 1], columns[j]:columns[j + 1]].mean(), rel=1e-6)
+        assert grid[i, j] == pytest.approx(image[0, rows[i] : rows[i + 1], columns[j] : columns[j + 1]].mean(), rel=1e-6)
 
 
 def test_upsampling_a_plane_gives_the_plane_at_every_pixel():

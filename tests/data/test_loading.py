@@ -34,13 +34,33 @@ class Screen:
 
     def sampler(self, size: int = 4, seed: int = 0) -> Sampler:
         rows = np.arange(len(self.index.table))
-        return Sampler(rows, [self.index.field_name(row) for row in rows], self.labels, list(self.index.table["Metadata_Treatment"]),
-                       sampling="all", cap=12, global_batch_size=size, seed=seed)
+        return Sampler(
+            rows,
+            [self.index.field_name(row) for row in rows],
+            self.labels,
+            list(self.index.table["Metadata_Treatment"]),
+            sampling="all",
+            cap=12,
+            global_batch_size=size,
+            seed=seed,
+        )
 
-    def train(self, *, size: int = 4, seed: int = 0, rank: int = 0, world: int = 1, mini: int | None = None, steps=(0, 5),
-              **settings) -> TrainLoader:
-        return TrainLoader(self.index, self.labels, self.preprocessing, self.sampler(size, seed), DataConfig(**settings), seed=seed,
-                           rank=rank, world_size=world, mini_batch_size=mini or size // world, first_step=steps[0], last_step=steps[1])
+    def train(
+        self, *, size: int = 4, seed: int = 0, rank: int = 0, world: int = 1, mini: int | None = None, steps=(0, 5), **settings
+    ) -> TrainLoader:
+        return TrainLoader(
+            self.index,
+            self.labels,
+            self.preprocessing,
+            self.sampler(size, seed),
+            DataConfig(**settings),
+            seed=seed,
+            rank=rank,
+            world_size=world,
+            mini_batch_size=mini or size // world,
+            first_step=steps[0],
+            last_step=steps[1],
+        )
 
     def evaluate(self, mini: int = 5, rows=None, **settings) -> EvalLoader:
         rows = np.arange(len(self.index.table)) if rows is None else rows
@@ -65,8 +85,11 @@ def own_screen(tmp_path) -> Screen:
 
 def fingerprint(batches: list[MiniBatch]) -> list[str]:
     """Return a hash of each field's pixels, label and row, in order."""
-    return [hashlib.sha256(image.contiguous().numpy().tobytes() + bytes(f"{label} {row}", "ascii")).hexdigest()
-            for batch in batches for image, label, row in zip(batch.images, batch.labels.tolist(), batch.rows.tolist(), strict=True)]
+    return [
+        hashlib.sha256(image.contiguous().numpy().tobytes() + bytes(f"{label} {row}", "ascii")).hexdigest()
+        for batch in batches
+        for image, label, row in zip(batch.images, batch.labels.tolist(), batch.rows.tolist(), strict=True)
+    ]
 
 
 def steps_of(loader: TrainLoader) -> list[list[str]]:
@@ -97,6 +120,7 @@ def test_another_seed_and_another_epoch_change_a_field(screen):
             for image, row in zip(step[0].images, step[0].rows.tolist(), strict=True):
                 found.setdefault(row, []).append(image.contiguous().numpy().tobytes())
         return found
+
     one, other = seen(seed=0), seen(seed=1)
     for row in one:
         assert len({*one[row], *other[row]}) == 4
@@ -168,6 +192,7 @@ def test_gradient_accumulation_cuts_a_share_into_equal_mini_batches(screen, work
 
 # Threads.
 
+
 @pytest.mark.parametrize("leave", ["break", "close", "collect", "exhaust"])
 def test_no_thread_outlives_the_iteration(screen, leave):
     loader = screen.train(workers=3, steps=(0, 4))
@@ -210,6 +235,7 @@ def test_no_more_mini_batches_than_asked_for_are_loaded_ahead(screen, monkeypatc
 
 def test_waiting_is_measured(screen, monkeypatch):
     """On a clock that reading moves on by 1 and using a step by 1000: reading in the calling thread is waiting, using is not."""
+
     class Clock:
         now = 0.0
 
@@ -247,6 +273,7 @@ def test_error_of_a_worker_is_raised_where_batches_are_used(own_screen, monkeypa
 
 
 # Bad images.
+
 
 def test_skip_takes_the_next_field_of_the_class_and_counts_each_once(own_screen):
     """Places, sizes and labels stay as they were; the same for any number of workers."""

@@ -55,9 +55,15 @@ def spoil(index: Index) -> dict[int, str]:
     tifffile.imwrite(index.paths(15)[1], np.ones((32, 40), "uint8"))
     tifffile.imwrite(index.paths(20)[0], np.zeros((32, 40), "uint16"))
     tifffile.imwrite(index.paths(25)[0], np.repeat(np.uint16([[65535], [7]]), 40, 1).repeat(16, 0))
-    return {0: "missing: ", 5: "unreadable: ", 9: "unreadable: ", 12: "wrong shape: 30 x 40 uint16, most fields are 32 x 40 uint16",
-            15: "wrong shape: the channels differ, DAPI 32 x 40 uint16, Tubulin 32 x 40 uint8", 20: "constant: every pixel of DAPI is 0.",
-            25: "saturated: 50% of DAPI"}
+    return {
+        0: "missing: ",
+        5: "unreadable: ",
+        9: "unreadable: ",
+        12: "wrong shape: 30 x 40 uint16, most fields are 32 x 40 uint16",
+        15: "wrong shape: the channels differ, DAPI 32 x 40 uint16, Tubulin 32 x 40 uint8",
+        20: "constant: every pixel of DAPI is 0.",
+        25: "saturated: 50% of DAPI",
+    }
 
 
 @pytest.mark.parametrize("level", ["files", "pixels"])

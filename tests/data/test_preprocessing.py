@@ -28,10 +28,23 @@ def make(channels: int = 3, *, shading: bool = True, crop_px=None, downsample: i
     grids = random.uniform(0.7, 1.3, (1, channels, 8, 10)).astype(np.float32) if shading else None
     offset, scale = random.uniform(50, 300, (1, channels)).astype(np.float32), random.uniform(0.01, 0.1, (1, channels)).astype(np.float32)
     return Preprocessing(
-        channels=tuple("abcdef"[:channels]), plates=("p",), offset=offset, scale=scale, pooled_offset=offset[0] + 1,
-        pooled_scale=scale[0] * 2, dark=offset / 3, pooled_dark=offset[0] / 4,
-        shading=grids, pooled_shading=None if grids is None else grids[0] * 1.1,
-        plates_without_control=(), illumination="median", intensity="dmso_meansd", control="DMSO", crop_px=crop_px, downsample=downsample)
+        channels=tuple("abcdef"[:channels]),
+        plates=("p",),
+        offset=offset,
+        scale=scale,
+        pooled_offset=offset[0] + 1,
+        pooled_scale=scale[0] * 2,
+        dark=offset / 3,
+        pooled_dark=offset[0] / 4,
+        shading=grids,
+        pooled_shading=None if grids is None else grids[0] * 1.1,
+        plates_without_control=(),
+        illumination="median",
+        intensity="dmso_meansd",
+        control="DMSO",
+        crop_px=crop_px,
+        downsample=downsample,
+    )
 
 
 def oracle(made: Preprocessing, image: np.ndarray, a: Augmentation | None) -> np.ndarray:
@@ -41,7 +54,7 @@ def oracle(made: Preprocessing, image: np.ndarray, a: Augmentation | None) -> np
     top, left = a.origin_px if a else ((shape[0] - crop[0]) // 2, (shape[1] - crop[1]) // 2)
     d = made.downsample
     size = [side // d * d for side in crop]
-    x = image.astype(np.float64)[:, top:top + size[0], left:left + size[1]]
+    x = image.astype(np.float64)[:, top : top + size[0], left : left + size[1]]
     x = x.reshape(len(x), size[0] // d, d, size[1] // d, d).mean((2, 4))
     shading = np.ones_like(x)
     if made.shading is not None:
@@ -51,7 +64,7 @@ def oracle(made: Preprocessing, image: np.ndarray, a: Augmentation | None) -> np
         x = x - made.dark[0][:, None, None]
     x = (x / shading - made.offset[0][:, None, None]) * made.scale[0][:, None, None]
     if a:
-        x = np.rot90(x, a.quarter_turns, axes=(1, 2))[:, ::-1 if a.flip_rows else 1, ::-1 if a.flip_columns else 1]
+        x = np.rot90(x, a.quarter_turns, axes=(1, 2))[:, :: -1 if a.flip_rows else 1, :: -1 if a.flip_columns else 1]
         x = x * np.array(a.gain)[:, None, None] + np.array(a.offset)[:, None, None]
     return x
 
@@ -69,8 +82,12 @@ def test_apply_is_what_it_promises_in_every_orientation(channels, dtype, shading
     made = make(channels, shading=shading, crop_px=crop, downsample=downsample)
     image = np.random.default_rng(1).integers(0, np.iinfo(dtype).max, (channels, 41, 52), dtype=dtype, endpoint=True)
     square = crop == (24, 24)
-    cases = [None] + [change(channels, turns, rows, columns, (5, 7) if crop else (0, 0))
-                      for turns in ((0, 1, 2, 3) if square else (0, 2)) for rows in (False, True) for columns in (False, True)]
+    cases = [None] + [
+        change(channels, turns, rows, columns, (5, 7) if crop else (0, 0))
+        for turns in ((0, 1, 2, 3) if square else (0, 2))
+        for rows in (False, True)
+        for columns in (False, True)
+    ]
     for case in cases:
         found, expected = made.apply(image, "p", case), oracle(made, image, case)
         assert found.shape == expected.shape == made.output_shape(image.shape)
@@ -126,6 +143,7 @@ def test_state_of_another_schema_is_refused():
 
 
 # Fitting.
+
 
 def screen(root: Path, **options) -> Index:
     write_screen(root, **options)
@@ -227,6 +245,7 @@ def test_unreadable_field_stops_the_fit_or_is_left_out(tmp_path, caplog):
 
 # Caching.
 
+
 def test_second_fit_reads_no_image_and_other_settings_fit_anew(tmp_path):
     index, cache = screen(tmp_path / "plates"), tmp_path / "cache"
     first = fit(index, cache)
@@ -300,6 +319,7 @@ def test_cache_that_cannot_be_written_is_one_line_no_more(tmp_path, caplog, monk
 
 
 # New plates.
+
 
 def test_extend_fits_new_plates_only_and_in_the_same_way(tmp_path):
     index = screen(tmp_path, plates=3)

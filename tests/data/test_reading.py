@@ -22,8 +22,19 @@ def noise(shape: tuple[int, ...] = (48, 64), dtype: str = "uint16", seed: int = 
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
-@pytest.mark.parametrize("options", [{}, {"rowsperstrip": 5}, {"byteorder": ">"}, {"compression": "zlib"},
-                                     {"compression": "lzw", "predictor": True}, {"tile": (16, 16)}, {"bigtiff": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rowsperstrip": 5},
+        {"byteorder": ">"},
+        {"compression": "zlib"},
+        {"compression": "lzw", "predictor": True},
+        {"tile": (16, 16)},
+        {"bigtiff": True},
+    ],
+    ids=str,
+)
 def test_pixels_come_back(tmp_path, dtype, options):
     """However a TIFF file is laid out, every channel has its own values."""
     images = [noise(dtype=dtype, seed=seed) for seed in range(3)]
@@ -42,8 +53,11 @@ class TestBadFiles:
         with pytest.raises(DataError, match="An image is missing: .*nowhere.tif"):
             read(tmp_path / "nowhere.tif")
 
-    @pytest.mark.parametrize("content", [b"", b"II", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n" + bytes(99),
-                                         b"II*\0\xff\xff\xff\x7f"], ids=["empty", "two bytes", "page", "PNG", "offset"])
+    @pytest.mark.parametrize(
+        "content",
+        [b"", b"II", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n" + bytes(99), b"II*\0\xff\xff\xff\x7f"],
+        ids=["empty", "two bytes", "page", "PNG", "offset"],
+    )
     def test_not_a_tiff(self, tmp_path, read, content):
         (tmp_path / "bad.tif").write_bytes(content)
         with pytest.raises(DataError, match="An image must be a whole TIFF file: .*bad.tif"):
@@ -56,15 +70,21 @@ class TestBadFiles:
         path = write(tmp_path / "cut.tif", noise(), **options)
         content = path.read_bytes()
         end = content.index(content[-16:]) + 16
-        path.write_bytes(content[:min(int(kept * end), end - 1)])
+        path.write_bytes(content[: min(int(kept * end), end - 1)])
         with pytest.raises(DataError, match=r"An image must be a whole TIFF file: .*cut.tif"):
             read(path)
 
-    @pytest.mark.parametrize(("image", "found"), [
-        (np.zeros((8, 9), "float32"), "8 x 9 float32"), (np.zeros((8, 9), "int16"), "8 x 9 int16"),
-        (np.zeros((8, 9), "uint32"), "8 x 9 uint32"), (np.zeros((8, 9, 3), "uint8"), "8 x 9 x 3 uint8"),
-        (np.zeros((8, 9), bool), "8 x 9 bool"),
-    ], ids=lambda value: value if isinstance(value, str) else "")
+    @pytest.mark.parametrize(
+        ("image", "found"),
+        [
+            (np.zeros((8, 9), "float32"), "8 x 9 float32"),
+            (np.zeros((8, 9), "int16"), "8 x 9 int16"),
+            (np.zeros((8, 9), "uint32"), "8 x 9 uint32"),
+            (np.zeros((8, 9, 3), "uint8"), "8 x 9 x 3 uint8"),
+            (np.zeros((8, 9), bool), "8 x 9 bool"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
     def test_wrong_dtype_or_shape(self, tmp_path, read, image, found):
         path = write(tmp_path / "odd.tif", image, photometric="rgb" if image.ndim == 3 else "minisblack")
         with pytest.raises(DataError, match=rf"one channel \(rows, columns\) of uint8 or uint16: .*odd.tif is {found}"):
@@ -81,7 +101,7 @@ def test_damaged_compression(tmp_path):
     with tifffile.TiffFile(path) as tiff:
         start = tiff.pages[0].dataoffsets[0]
     content = bytearray(path.read_bytes())
-    content[start:start + 64] = bytes(64)
+    content[start : start + 64] = bytes(64)
     path.write_bytes(content)
     with pytest.raises(DataError, match="damaged.tif cannot be read"):
         read_field([path])

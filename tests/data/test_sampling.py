@@ -13,13 +13,15 @@ from hcsdl.config import ConfigError
 from hcsdl.data.sampling import Sampler, evaluation_rows
 
 
-def make(n: int = 20, sampling: str = "all", size: int = 4, seed: int = 0, cap: int = 2, *,
-         classes=None, treatments=None, rows=None) -> Sampler:
+def make(
+    n: int = 20, sampling: str = "all", size: int = 4, seed: int = 0, cap: int = 2, *, classes=None, treatments=None, rows=None
+) -> Sampler:
     rows = list(range(n)) if rows is None else rows
     classes = [row % 3 for row in rows] if classes is None else classes
     treatments = [f"t{row % 5}" for row in rows] if treatments is None else treatments
-    return Sampler(rows, [f"p/{row:04d}/1" for row in rows], classes, treatments, sampling=sampling, cap=cap,
-                   global_batch_size=size, seed=seed)
+    return Sampler(
+        rows, [f"p/{row:04d}/1" for row in rows], classes, treatments, sampling=sampling, cap=cap, global_batch_size=size, seed=seed
+    )
 
 
 def stream(sampler: Sampler, steps: int, first: int = 0) -> np.ndarray:
@@ -37,7 +39,7 @@ def test_any_sizes_every_field_once_a_pass_and_shares_make_the_global_batch(data
     passes = data.draw(st.integers(1, 4), "passes")
     order = stream(sampler, -(-passes * n // size))
     for number in range(passes):
-        assert sorted(order[number * n:(number + 1) * n]) == list(range(n))
+        assert sorted(order[number * n : (number + 1) * n]) == list(range(n))
     step = data.draw(st.integers(0, 10**6), "step")
     rows, epochs = sampler.global_batch(step)
     shares = [sampler.rank_share(step, rank, world) for rank in range(world)]
@@ -85,7 +87,7 @@ def test_capped_takes_so_many_fields_a_treatment_and_others_next_pass():
     assert sampler.pass_length == 3 + 3 + 1
     seen = []
     for number in range(6):
-        order = stream(sampler, 21)[number * 7:(number + 1) * 7]
+        order = stream(sampler, 21)[number * 7 : (number + 1) * 7]
         assert len(set(order)) == 7
         assert Counter(treatments[row] for row in order) == {"DMSO": 3, "a": 3, "b": 1}
         seen.append(frozenset(order))
@@ -98,7 +100,7 @@ def test_balanced_gives_every_class_equally_often_and_repeats_evenly():
     assert sampler.pass_length == 48
     rows, epochs = (np.concatenate(part) for part in zip(*(sampler.global_batch(step) for step in range(24)), strict=True))
     for number in range(2):
-        order = rows[number * 48:(number + 1) * 48]
+        order = rows[number * 48 : (number + 1) * 48]
         assert Counter(classes[row] for row in order) == {0: 16, 1: 16, 2: 16}
         counts = Counter(order)
         assert {counts[row] for row in range(40)} <= {0, 1}
@@ -111,8 +113,9 @@ def test_balanced_pass_is_as_long_as_classes_allow():
     assert make(20, "balanced").describe()["fields_per_class_and_pass"] == 6
 
 
-@pytest.mark.parametrize(("sampling", "text"), [
-    ("all", "at most the 20 fields"), ("capped", "at most the 10 fields of a pass .20 training")])
+@pytest.mark.parametrize(
+    ("sampling", "text"), [("all", "at most the 20 fields"), ("capped", "at most the 10 fields of a pass .20 training")]
+)
 def test_fewer_fields_than_a_global_batch_is_explained(sampling, text):
     with pytest.raises(ConfigError, match=text):
         make(20, sampling, size=21)

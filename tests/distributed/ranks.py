@@ -34,7 +34,17 @@ def on_ranks(function: object, world_size: int, timeout_s: float = 60) -> list[d
     name = f"{function.__module__}.{function.__name__}"  # type: ignore[attr-defined]
     ranks = []
     for rank in range(world_size):
-        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks.append(subprocess.Popen([sys.executable, "-c", SCRIPT, name, str(timeout_s)], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
+        env = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, name, str(timeout_s)], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+        )
     said = [rank.communicate(timeout=120)[0].strip() for rank in ranks]
     return [json.loads(text.splitlines()[-1]) if text else {} for text in said]

@@ -79,7 +79,9 @@ def gradients(group: Group) -> dict:
     before = [b.clone() for b in model.buffers()]
     torch.manual_seed(5)
     group.settle(wrapped, lambda: wrapped(images).sum().backward())
-    settled = all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True)) and all(p.grad is None for p in model.parameters())
+    settled = all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True)) and all(
+        p.grad is None for p in model.parameters()
+    )
     share = images.chunk(group.world_size)[group.rank]
     model.eval()
     wrapped(share).pow(2).mean().backward()
@@ -87,7 +89,11 @@ def gradients(group: Group) -> dict:
     shared = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     alone(images).pow(2).mean().backward()
-    return {"settled": settled, "far": max(float((a - p.grad).abs().max()) for a, p in zip(shared, model.parameters(), strict=True)), "next": torch.rand(1).item()}
+    return {
+        "settled": settled,
+        "far": max(float((a - p.grad).abs().max()) for a, p in zip(shared, model.parameters(), strict=True)),
+        "next": torch.rand(1).item(),
+    }
 
 
 def test_gradients_are_those_of_the_joined_batch() -> None:

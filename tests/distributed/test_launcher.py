@@ -29,7 +29,9 @@ def test_a_half_set_environment_names_what_is_missing(missing: str) -> None:
         who_am_i({k: v for k, v in WHOLE.items() if k != missing})
 
 
-@pytest.mark.parametrize(("change", "said"), [({"RANK": "2"}, "RANK must be below WORLD_SIZE"), ({"RANK": "one"}, "RANK must be a whole number")])
+@pytest.mark.parametrize(
+    ("change", "said"), [({"RANK": "2"}, "RANK must be below WORLD_SIZE"), ({"RANK": "one"}, "RANK must be a whole number")]
+)
 def test_impossible_numbers(change: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         who_am_i(WHOLE | change)

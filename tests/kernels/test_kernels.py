@@ -8,7 +8,7 @@ import importlib.util
 import pytest
 import torch
 
-import hcsdl.kernels as kernels
+from hcsdl import kernels
 from hcsdl.config import ConfigError, ModelConfig, TrainingConfig
 from hcsdl.kernels import choose_kernels
 from hcsdl.models import build_model

@@ -60,7 +60,10 @@ def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096
 for _ in range(3): block = np.ones(200 * 2**20, np.uint8); del block
 print(resident() > 200 * 2**20)
 """
-    said = [subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True).stdout.strip() for how in ("keep", "system")]
+    said = [
+        subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True).stdout.strip()
+        for how in ("keep", "system")
+    ]
     assert said == ["True", "False"]
 
 
@@ -84,7 +87,16 @@ def test_a_child_dies_with_its_parent() -> None:
 
 
 def test_held_back_output_is_shown_only_where_something_fails() -> None:
-    script = "import os, sys\nfrom hcsdl.machine.process import held_back_output\nwith held_back_output():\n    os.write(1, b'noise'); print('more')\n    if sys.argv[1] == 'fail': raise ValueError\nprint('done')"
+    script = """
+import os, sys
+from hcsdl.machine.process import held_back_output
+with held_back_output():
+    os.write(1, b'noise')
+    print('more')
+    if sys.argv[1] == 'fail':
+        raise ValueError
+print('done')
+"""
     calm = subprocess.run([sys.executable, "-c", script, "calm"], capture_output=True, text=True, check=True)
     assert (calm.stdout, calm.stderr) == ("done\n", "")
     failed = subprocess.run([sys.executable, "-c", script, "fail"], capture_output=True, text=True, check=False)

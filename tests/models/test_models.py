@@ -69,8 +69,9 @@ def test_zero_init_residual():
         assert all((gamma == 0).all() == wanted for gamma in gammas)
 
 
-@pytest.mark.parametrize("channels, width, expected",
-                         [(64, 1.0, 64), (64, 0.5, 32), (16, 0.75, 16), (16, 0.7, 8), (16, 0.01, 8), (1024, 1.5, 1536)])
+@pytest.mark.parametrize(
+    "channels, width, expected", [(64, 1.0, 64), (64, 0.5, 32), (16, 0.75, 16), (16, 0.7, 8), (16, 0.01, 8), (1024, 1.5, 1536)]
+)
 def test_scaled_channels(channels, width, expected):
     """Channels are rounded to the nearest multiple of 8, never to 0."""
     assert scaled_channels(channels, width) == expected
@@ -86,8 +87,9 @@ def test_every_parameter_gets_a_gradient(name, head):
     assert not dead
 
 
-@pytest.mark.parametrize("name, head, rate",
-                         [("resnet18", "fc", 0.05), ("resnet50", "fc", 0.05), ("mcnn", "fc", 0.02), ("mcnn", "pool", 0.05)])
+@pytest.mark.parametrize(
+    "name, head, rate", [("resnet18", "fc", 0.05), ("resnet50", "fc", 0.05), ("mcnn", "fc", 0.02), ("mcnn", "pool", 0.05)]
+)
 def test_overfits_one_mini_batch(name, head, rate):
     """Four noise images are learned by heart in a few steps."""
     model = small_model(name, head=head)

@@ -84,8 +84,9 @@ def test_mcnn_file_with_other_channels(tmp_path):
     assert load_weights(model, tmp_path / "mcnn.safetensors").count("adapted from 3 to 4") == 7
 
 
-@pytest.mark.parametrize("settings, text", [({"name": "resnet50"}, "is missing"),
-                                            ({"width": 0.5}, r"conv1.weight has shape \(64, 3, 7, 7\), not \(32")])
+@pytest.mark.parametrize(
+    "settings, text", [({"name": "resnet50"}, "is missing"), ({"width": 0.5}, r"conv1.weight has shape \(64, 3, 7, 7\), not \(32")]
+)
 def test_file_of_another_network(files, settings, text):
     """The first few differing names are told, and the network is left as it was."""
     model, fresh = resnet(**settings), resnet(**settings)

@@ -39,9 +39,23 @@ def _wells(plates: int, wells: int, moas: int, compounds_per_moa: int, control_w
                 yield name, position, f"compound {number % moas}{'abcdefgh'[number // moas]}", 0.3, plate % 3 + 1
 
 
-def write_screen(root: Path, *, plates: int = 2, wells: int = 6, sites: int = 2, moas: int = 2, compounds_per_moa: int = 1,
-                 control_wells: int = 2, shape: tuple[int, int] = (32, 40), dtype: str = "uint16", layout: str = "week",
-                 channels: Sequence[str] = CHANNELS, compressed_csv: bool = False, images: bool = True, seed: int = 0) -> pd.DataFrame:
+def write_screen(
+    root: Path,
+    *,
+    plates: int = 2,
+    wells: int = 6,
+    sites: int = 2,
+    moas: int = 2,
+    compounds_per_moa: int = 1,
+    control_wells: int = 2,
+    shape: tuple[int, int] = (32, 40),
+    dtype: str = "uint16",
+    layout: str = "week",
+    channels: Sequence[str] = CHANNELS,
+    compressed_csv: bool = False,
+    images: bool = True,
+    seed: int = 0,
+) -> pd.DataFrame:
     """Write a screen like BBBC021 and return its image table, a row per field, as it stands in the CSV file.
 
     Parameters
@@ -62,8 +76,13 @@ def write_screen(root: Path, *, plates: int = 2, wells: int = 6, sites: int = 2,
             row: dict[str, object] = {"TableNumber": 1, "ImageNumber": len(rows) + 1}
             for channel, name in zip(channels, names, strict=True):
                 row |= {f"Image_FileName_{channel}": name, f"Image_PathName_{channel}": folder}
-            row |= {f"Image_Metadata_Plate_{channels[0]}": plate, f"Image_Metadata_Well_{channels[0]}": well, "Replicate": replicate,
-                    "Image_Metadata_Compound": compound, "Image_Metadata_Concentration": concentration}
+            row |= {
+                f"Image_Metadata_Plate_{channels[0]}": plate,
+                f"Image_Metadata_Well_{channels[0]}": well,
+                "Replicate": replicate,
+                "Image_Metadata_Compound": compound,
+                "Image_Metadata_Concentration": concentration,
+            }
             rows.append(row)
             if images:
                 on_disk = root / (folder if layout == "week" else plate)

@@ -164,8 +164,17 @@ def test_missing_images(screen):
     assert len(read(screen, files=False).table) == 24
 
 
-@pytest.mark.parametrize("column", ["Image_FileName_DAPI", "Image_PathName_Actin", "Image_Metadata_Plate_DAPI", "Image_Metadata_Well_DAPI",
-                                    "Image_Metadata_Compound", "Image_Metadata_Concentration"])
+@pytest.mark.parametrize(
+    "column",
+    [
+        "Image_FileName_DAPI",
+        "Image_PathName_Actin",
+        "Image_Metadata_Plate_DAPI",
+        "Image_Metadata_Well_DAPI",
+        "Image_Metadata_Compound",
+        "Image_Metadata_Concentration",
+    ],
+)
 def test_missing_column(screen, column):
     """A column that is not there is named; without its file names DAPI is no channel, so its plate column is not one either."""
     edit(screen, "screen_image.csv", lambda table: table.drop(columns=column))
@@ -193,12 +202,15 @@ def test_duplicate_image(screen):
         read(screen)
 
 
-@pytest.mark.parametrize(("column", "value", "sentence"), [
-    ("Image_Metadata_Concentration", "high", r"Image_Metadata_Concentration in .* must be a number. Line 4 has 'high'"),
-    ("Image_Metadata_Compound", " ", "must have a Image_Metadata_Compound. Line 4 has no value"),
-    ("Replicate", "two", "Replicate in .* must be a number"),
-    ("Image_FileName_DAPI", "image.tif", r"must have a column Image_Metadata_Site, or file names with `_s<number>_` .* Line 4 has"),
-])
+@pytest.mark.parametrize(
+    ("column", "value", "sentence"),
+    [
+        ("Image_Metadata_Concentration", "high", r"Image_Metadata_Concentration in .* must be a number. Line 4 has 'high'"),
+        ("Image_Metadata_Compound", " ", "must have a Image_Metadata_Compound. Line 4 has no value"),
+        ("Replicate", "two", "Replicate in .* must be a number"),
+        ("Image_FileName_DAPI", "image.tif", r"must have a column Image_Metadata_Site, or file names with `_s<number>_` .* Line 4 has"),
+    ],
+)
 def test_bad_cell(screen, column, value, sentence):
     edit(screen, "screen_image.csv", put(column, 2, value))
     with pytest.raises(DataError, match=sentence):
@@ -256,12 +268,19 @@ def test_root(tmp_path):
         read(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize(("query", "error", "sentence"), [
-    ("Metadata_Compuond == 'DMSO'", ConfigError, "plates.query must be a pandas expression over .*Metadata_Compound.*Metadata_Compuond"),
-    ("Metadata_Site ==", ConfigError, "plates.query must be a pandas expression"),
-    ("Metadata_Site + 1", ConfigError, "plates.query must be true or false"),
-    ("Metadata_Compound == 'dmso'", DataError, "keeps none of 24"),
-])
+@pytest.mark.parametrize(
+    ("query", "error", "sentence"),
+    [
+        (
+            "Metadata_Compuond == 'DMSO'",
+            ConfigError,
+            "plates.query must be a pandas expression over .*Metadata_Compound.*Metadata_Compuond",
+        ),
+        ("Metadata_Site ==", ConfigError, "plates.query must be a pandas expression"),
+        ("Metadata_Site + 1", ConfigError, "plates.query must be true or false"),
+        ("Metadata_Compound == 'dmso'", DataError, "keeps none of 24"),
+    ],
+)
 def test_bad_query(screen, query, error, sentence):
     with pytest.raises(error, match=sentence):
         read(screen, query=query)
@@ -278,8 +297,11 @@ def test_assumptions_are_noted(screen):
     notes = " ".join(read_index(PlatesConfig(root=str(screen), control="vehicle")).notes)
     assert "no column Replicate: 1 is assumed for all 24 fields" in notes and "8 fields have a compound called UNKNOWN" in notes
     assert "No field has the control compound 'vehicle'" in notes
-    edit(screen, "screen_image.csv", lambda table: table[(table["Image_Metadata_Plate_DAPI"] == "Week1_20000") |
-                                                         (table["Image_Metadata_Compound"] != "DMSO")])
+    edit(
+        screen,
+        "screen_image.csv",
+        lambda table: table[(table["Image_Metadata_Plate_DAPI"] == "Week1_20000") | (table["Image_Metadata_Compound"] != "DMSO")],
+    )
     assert "1 plates have no wells of the control compound 'DMSO'" in " ".join(read(screen).notes)
 
 
@@ -295,8 +317,9 @@ def test_other_channels_and_site_column(tmp_path):
 
     def change(table: pd.DataFrame) -> pd.DataFrame:
         wells = [f"A{row // 2:02d}" for row in range(len(table))]
-        return table.assign(Image_Metadata_Site=table["Image_FileName_DNA"].str[5], Image_Metadata_Plate_DNA="007",
-                            Image_Metadata_Well_DNA=wells)
+        return table.assign(
+            Image_Metadata_Site=table["Image_FileName_DNA"].str[5], Image_Metadata_Plate_DNA="007", Image_Metadata_Well_DNA=wells
+        )
 
     edit(tmp_path, "screen_image.csv", change)
     index = read(tmp_path, files=False)

@@ -71,8 +71,17 @@ def test_focus_is_the_exponent_of_the_spectrum():
     assert np.mean(slopes) == pytest.approx(-2, abs=0.1)
 
 
-@pytest.mark.parametrize(("dtype", "ceiling", "share"), [("uint8", 255, 0.25), ("uint16", 65535, 0.25), ("uint16", 4095, 0.25),
-                                                        ("uint16", 16383, 0.25), ("uint16", 4094, 0.0), ("uint16", 60000, 0.0)])
+@pytest.mark.parametrize(
+    ("dtype", "ceiling", "share"),
+    [
+        ("uint8", 255, 0.25),
+        ("uint16", 65535, 0.25),
+        ("uint16", 4095, 0.25),
+        ("uint16", 16383, 0.25),
+        ("uint16", 4094, 0.0),
+        ("uint16", 60000, 0.0),
+    ],
+)
 def test_saturation(dtype, ceiling, share):
     plane = np.zeros((8, 8), dtype)
     plane[:2] = ceiling

@@ -116,19 +116,32 @@ def test_compound_folds_of_bbbc021():
         split(table, "batch", target="compound")
 
 
-@pytest.mark.parametrize(("options", "change", "error", "sentence"), [
-    ({"kind": "compound_folds", "fold": 3}, {}, ConfigError, "plates.fold must be 0 to 2, .* Got 3"),
-    ({"kind": "compound_folds", "target": "Compound"}, {}, ConfigError, "compound_folds must have a target that several compounds share"),
-    ({"kind": "compound_folds", "target": "Treatment"}, {}, ConfigError, "compound_folds must have a target that several compounds share"),
-    ({"kind": "compound_folds", "target": "Batch"}, {"Metadata_MoA": None}, DataError, "must know mechanisms of action"),
-    ({"kind": "compound_folds"}, {"Metadata_Compound": "one"}, DataError, "must have two compounds of every .* 3 of 3 have one"),
-    ({"kind": "plate"}, {"Metadata_Plate": "A"}, DataError, "at least two plates to part. There is one, 'A'"),
-    ({"kind": "batch"}, {"Metadata_Batch": "A"}, DataError, "at least two batches to part. There is one, 'A'"),
-    ({"kind": "random_well"}, {"Metadata_MoA": None}, DataError, "training.target=MoA must be known for some fields. None of 312"),
-    ({"kind": "random_well"}, {"Metadata_MoA": "x"}, DataError, "must have at least two classes. All 312 labelled fields are 'x'"),
-    ({"kind": "random_well", "target": "Dose"}, {}, ConfigError, "training.target must be one of Plate, .* Got 'Dose'"),
-    ({"kind": "random"}, {}, ConfigError, "plates.split must be one of"),
-])
+@pytest.mark.parametrize(
+    ("options", "change", "error", "sentence"),
+    [
+        ({"kind": "compound_folds", "fold": 3}, {}, ConfigError, "plates.fold must be 0 to 2, .* Got 3"),
+        (
+            {"kind": "compound_folds", "target": "Compound"},
+            {},
+            ConfigError,
+            "compound_folds must have a target that several compounds share",
+        ),
+        (
+            {"kind": "compound_folds", "target": "Treatment"},
+            {},
+            ConfigError,
+            "compound_folds must have a target that several compounds share",
+        ),
+        ({"kind": "compound_folds", "target": "Batch"}, {"Metadata_MoA": None}, DataError, "must know mechanisms of action"),
+        ({"kind": "compound_folds"}, {"Metadata_Compound": "one"}, DataError, "must have two compounds of every .* 3 of 3 have one"),
+        ({"kind": "plate"}, {"Metadata_Plate": "A"}, DataError, "at least two plates to part. There is one, 'A'"),
+        ({"kind": "batch"}, {"Metadata_Batch": "A"}, DataError, "at least two batches to part. There is one, 'A'"),
+        ({"kind": "random_well"}, {"Metadata_MoA": None}, DataError, "training.target=MoA must be known for some fields. None of 312"),
+        ({"kind": "random_well"}, {"Metadata_MoA": "x"}, DataError, "must have at least two classes. All 312 labelled fields are 'x'"),
+        ({"kind": "random_well", "target": "Dose"}, {}, ConfigError, "training.target must be one of Plate, .* Got 'Dose'"),
+        ({"kind": "random"}, {}, ConfigError, "plates.split must be one of"),
+    ],
+)
 def test_impossible_requests(table, options, change, error, sentence):
     with pytest.raises(error, match=sentence):
         split(table.assign(**change), **options)

@@ -71,7 +71,14 @@ def test_every_experiment_takes_a_step_on_tiny_plates(tiny_plates: Path, tmp_pat
 
 
 def test_a_sweep_runs_each_job_in_its_own_folder_and_sorts_the_table(tiny_plates: Path, tmp_path: Path) -> None:
-    words = [*runs.TINY, f"plates.root={tiny_plates}", "training.epochs=1", "distributed.ranks=1", "kernels=native", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    words = [
+        *runs.TINY,
+        f"plates.root={tiny_plates}",
+        "training.epochs=1",
+        "distributed.ranks=1",
+        "kernels=native",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    ]
     done = runs.run("train", "-m", *words, "training.learning_rate=0.01,0.1", "seed=0,1", code=0)
     table = done.stdout.rpartition("sweep ")[2].splitlines()[2:]
     values = [float(line.split()[1]) for line in table]
@@ -81,14 +88,28 @@ def test_a_sweep_runs_each_job_in_its_own_folder_and_sorts_the_table(tiny_plates
 
 
 def test_a_failed_job_of_a_sweep_is_listed_and_the_others_go_on(tiny_plates: Path, tmp_path: Path) -> None:
-    words = [*runs.TINY, f"plates.root={tiny_plates}", "training.epochs=1", "distributed.ranks=1", "kernels=native", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    words = [
+        *runs.TINY,
+        f"plates.root={tiny_plates}",
+        "training.epochs=1",
+        "distributed.ranks=1",
+        "kernels=native",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    ]
     done = runs.run("train", "-m", *words, "training.global_batch_size=1000,4", code=2)
     table = done.stdout.rpartition("sweep ")[2].splitlines()[2:]
     assert table[0].split()[0] == "1" and "exit code 2" in table[1]
 
 
 def test_a_sweep_stops_at_a_signal(tiny_plates: Path, tmp_path: Path) -> None:
-    words = [*runs.TINY, f"plates.root={tiny_plates}", "training.epochs=500", "distributed.ranks=1", "kernels=native", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    words = [
+        *runs.TINY,
+        f"plates.root={tiny_plates}",
+        "training.epochs=500",
+        "distributed.ranks=1",
+        "kernels=native",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    ]
     process = runs.start("train", "-m", *words, "seed=0,1")
     runs.wait_for_step(process, tmp_path / "sweep" / "0" / "run", 2)
     os.kill(process.pid, signal.SIGTERM)
@@ -141,6 +162,8 @@ from hcsdl.commands.cli import main
 sys.exit(main())
 """
     words = [*runs.TINY, f"plates.root={tiny_plates}", f"run_dir={tmp_path / 'run'}", "distributed.ranks=2", "training.epochs=1"]
-    done = subprocess.run([sys.executable, "-c", launcher, "train", *words], env=runs.environment(), capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", launcher, "train", *words], env=runs.environment(), capture_output=True, text=True, check=False, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     assert "equal" in done.stdout.split() and "different" not in done.stdout

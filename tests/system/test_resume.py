@@ -12,7 +12,9 @@ import pytest
 
 from tests import runs
 
-IPEX = pytest.param("ipex", marks=pytest.mark.skipif(importlib.util.find_spec("intel_extension_for_pytorch") is None, reason="no IPEX here"))
+IPEX = pytest.param(
+    "ipex", marks=pytest.mark.skipif(importlib.util.find_spec("intel_extension_for_pytorch") is None, reason="no IPEX here")
+)
 STEPS = ["training.epochs=3", "training.checkpoint_every_steps=1"]
 
 

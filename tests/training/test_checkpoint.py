@@ -37,7 +37,12 @@ def checkpoint(step: int = 1, value: float = 0.0) -> Checkpoint:
 def test_round_trip(tmp_path: Path) -> None:
     path = save_checkpoint(checkpoint(7, 2.5), tmp_path, keep=2, best=False)
     found = load_checkpoint(path)
-    assert (found.step, found.history, found.classes, found.elapsed_s) == (7, [{"step": 7, "well_accuracy": 0.5}], ["DMSO", "Eg5 inhibitors"], 1.5)
+    assert (found.step, found.history, found.classes, found.elapsed_s) == (
+        7,
+        [{"step": 7, "well_accuracy": 0.5}],
+        ["DMSO", "Eg5 inhibitors"],
+        1.5,
+    )
     assert torch.equal(found.model["weight"], torch.full((3, 3), 2.5))
     assert not (tmp_path / "best.pt").exists()
 
