@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-TINY = ["experiment=tiny", "training.baseline=false", "training.journal_every_s=0"]
+TINY = ["experiment=tiny", "training.baseline=false", "training.journal_every_s=0", "machine.threads_per_rank=1"]
 
 
 def environment() -> dict[str, str]:

@@ -12,7 +12,7 @@ from hcsdl.simulation.phenotypes import Look
 from hcsdl.simulation.textures import window
 
 MARGIN_PX = 110  # half the largest box a cell may take
-NUCLEUS_PX, BODY_PX = 17.0, 44.0  # radii of an untreated cell's nucleus and body
+NUCLEUS_PX, BODY_PX = 20.0, 50.0  # radii of an untreated cell's nucleus and body
 _DIRECTIONS = 256
 _EDGE = np.arange(-MARGIN_PX, MARGIN_PX + 1, dtype=np.float32)
 _RADIUS = np.hypot(_EDGE[:, None], _EDGE[None])

@@ -16,7 +16,7 @@ from hcsdl.simulation.compounds import active_fraction
 from hcsdl.simulation.layout import COLUMNS, ROWS, Field
 from hcsdl.simulation.phenotypes import UNTREATED, Look, looks
 
-CELLS_PER_PX = 115 / (1024 * 1280)  # 60 to 150 cells in a full-resolution field
+CELLS_PER_PX = 118 / (1024 * 1280)  # 60 to 150 cells in a full-resolution field
 BRIGHTNESS = np.array([900.0, 700.0, 650.0], np.float32)  # mean over an untreated cell's area, in grey levels
 AROUND_PX = 45  # cells centred this far outside the field are drawn too, in part
 PAD_PX = MARGIN_PX + AROUND_PX
@@ -27,15 +27,18 @@ _BATCH, _PLATE, _WELL, _FIELD = 3, 4, 5, 6  # first words of the seeds of what i
 
 @dataclass(frozen=True)
 class Conditions:
-    """How a field was stained and imaged: what no compound changes. Arrays have one number a channel."""
+    """How a field was stained and imaged: what no compound changes.
+
+    `gain` and `background` (grey levels) have one number a channel, `shading` (3, 5) the parameters of `shading_field`; `noise` is the
+    sd of the noise in square roots of grey levels, `blur_px` the sd of the blur, `density` the cells over those of a usual field.
+    """
 
     gain: np.ndarray
     background: np.ndarray
-    shading: np.ndarray  # (3, 5): see `shading_field`
+    shading: np.ndarray
     noise: float
     blur_px: float
     density: float
-    size: float
 
 
 def conditions(seed: int, field: Field) -> Conditions:
@@ -50,7 +53,7 @@ def conditions(seed: int, field: Field) -> Conditions:
     density = np.exp(batch.normal(0, 0.08) + plate.normal(0, 0.08) + well.normal(-0.15 * edge, 0.13))
     blur = 0.5 + 0.2 * abs(plate.normal()) + 0.2 * abs(well.normal()) + 0.1 * abs(site.normal())
     return Conditions(gain, background, plate.normal(0, (0.12, 0.12, 0.05, 0.05, 0.05), (3, 5)), noise=float(plate.uniform(0.6, 1.6)),
-                      blur_px=float(min(blur, 1.5)), density=float(np.clip(density, 0.6, 1.25)), size=float(np.exp(batch.normal(0, 0.05))))
+                      blur_px=float(min(blur, 1.5)), density=float(np.clip(density, 0.6, 1.25)))
 
 
 def shading_field(parameters: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -63,7 +66,24 @@ def shading_field(parameters: np.ndarray, height: int, width: int) -> np.ndarray
 
 
 def draw_field(seed: int, field: Field, effect: float, height: int, width: int) -> np.ndarray:
-    """Return the images of a field, uint16 (3, height, width)."""
+    """Return the images of a field.
+
+    Parameters
+    ----------
+    seed : int
+        Seed of the simulation.
+    field : Field
+        Where the field is and what was done to it; its file names play no part.
+    effect : float
+        Multiplies the fraction of cells that a treatment changes (at most 0.98).
+    height, width : int
+        Size in pixels. Cells keep theirs: a smaller field has fewer of them.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint16 (3, height, width): DAPI, Tubulin, Actin, in grey levels.
+    """
     about = conditions(seed, field)
     base = np.random.SeedSequence([seed, _FIELD, field.plate, *field.well.encode(), field.site])
     places, kinds, cells, noise = base.spawn(4)
@@ -91,7 +111,7 @@ def _even_out(signal: np.ndarray) -> np.ndarray:
     inside = signal > _EDGE
     values = signal[inside]
     if values.size:
-        signal[inside] = np.interp(values, np.quantile(values[::7], _LEVELS), _EDGE + 2.6 * _LEVELS**1.6)
+        signal[inside] = np.interp(values, np.quantile(values[::7], _LEVELS), _EDGE + 3.2 * _LEVELS**2)
     return signal
 
 
@@ -105,10 +125,10 @@ def positions(density: float, height: int, width: int, rng: np.random.Generator)
             break
         if len(found) and rng.random() < 0.5:  # beside another cell: they grow in islands
             direction = rng.uniform(0, 2 * np.pi)
-            point = found[rng.integers(len(found))] + rng.uniform(55, 80) * np.array([np.sin(direction), np.cos(direction)])
+            point = found[rng.integers(len(found))] + rng.uniform(60, 90) * np.array([np.sin(direction), np.cos(direction)])
         else:
             point = rng.random(2) * (rows, columns)
-        if (point >= 0).all() and (point < (rows, columns)).all() and np.hypot(*(found - point).T).min(initial=np.inf) > 48:
+        if (point >= 0).all() and (point < (rows, columns)).all() and np.hypot(*(found - point).T).min(initial=np.inf) > 52:
             found = np.vstack([found, point])
     return [(int(y) + MARGIN_PX, int(x) + MARGIN_PX) for y, x in found]
 

@@ -33,16 +33,16 @@ class Look:
 
 
 UNTREATED = ((0.96, Look()), (0.04, Look("plate", body_size=0.62, elongation=1.05, arm_depth=0.02, tubulin="aster", actin="fine", rim=0.5)))
-_ROUND = Look(body_size=0.62, elongation=1.05, arm_depth=0.02, actin="fine", rim=0.5)
+_ROUND = Look(body_size=0.72, elongation=1.05, arm_depth=0.02, actin="fine", rim=0.5)
 
 PHENOTYPES: dict[str, tuple[tuple[float, Look], ...]] = {
     "Microtubule stabilizers": ((0.8, Look("shards", 1.1, tubulin="bundle")), (0.2, replace(_ROUND, nucleus="clump", tubulin="bundle"))),
     "Actin disruptors": ((0.8, Look("oval", body_size=0.92, arms=5, arm_depth=0.4, tubulin="fine", actin="puncta", rim=0.02)),
                          (0.2, Look("pair", body_size=0.92, arms=5, arm_depth=0.35, tubulin="fine", actin="puncta", rim=0.02))),
     "Eg5 inhibitors": ((0.85, replace(_ROUND, nucleus="rosette", tubulin="aster")), (0.15, Look("lobed", 1.1))),
-    "Aurora kinase inhibitors": ((0.85, Look("lobed", 1.8, "grain", body_size=1.25, actin="arc")),
-                                 (0.15, Look("pair", 1.3, "grain", body_size=1.2, actin="arc"))),
-    "Epithelial": ((1.0, Look(body_size=0.9, elongation=1.1, arms=6, arm_depth=0.04, actin="smooth", rim=0.8)),),
+    "Aurora kinase inhibitors": ((0.85, Look("lobed", 1.5, "grain", body_size=1.12, actin="arc")),
+                                 (0.15, Look("pair", 1.2, "grain", body_size=1.1, actin="arc"))),
+    "Epithelial": ((1.0, Look(body_size=0.9, elongation=1.1, arms=6, arm_depth=0.04, tubulin="fine", actin="smooth", rim=0.8)),),
     "Microtubule destabilizers": ((0.4, Look("lobed", 0.95, body_size=0.9, tubulin="haze", arms=5, arm_depth=0.15)),
                                   (0.6, replace(_ROUND, nucleus="clump", tubulin="haze"))),
     "Protein degradation": ((1.0, Look("oval", 0.9, "fine", body_size=0.9, spot=0.25, holes=True, actin="smooth")),),

@@ -39,12 +39,12 @@ def test_accumulation_equals_one_mini_batch(tiny_plates: Path, tmp_path: Path) -
     for mini in ("1", "2"):
         runs.train(tiny_plates, tmp_path / mini, *words, f"training.mini_batch_size={mini}")
     one, two = (safetensors.torch.load_file(tmp_path / mini / "model.safetensors") for mini in ("1", "2"))
-    assert max(float((one[name] - two[name]).norm() / one[name].norm()) for name in one) < 1e-6
+    assert max(float((one[name] - two[name]).norm() / one[name].norm()) for name in one) < 3e-6  # another order of additions
 
 
 def test_torchrun_gives_the_same_weights(tiny_plates: Path, tmp_path: Path) -> None:
     words = [*runs.TINY, f"plates.root={tiny_plates}", "kernels=native", "training.epochs=1"]
-    runs.run("train", *words, f"run_dir={tmp_path / 'own'}", "distributed.ranks=2", "machine.threads_per_rank=1")
+    runs.run("train", *words, f"run_dir={tmp_path / 'own'}", "distributed.ranks=2")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "hcsdl", "train", *words, f"run_dir={tmp_path / 'torchrun'}"],
         env=runs.environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=200,
@@ -65,7 +65,7 @@ def test_torchrun_tells_a_bad_plate_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_takes_a_step_on_tiny_plates(tiny_plates: Path, tmp_path: Path, experiment: str) -> None:
-    small = ["training.max_steps=1", "training.global_batch_size=4", "distributed.ranks=1", "training.baseline=false", "model.width=0.25"]
+    small = ["machine.threads_per_rank=1", "training.max_steps=1", "training.global_batch_size=4", "distributed.ranks=1", "training.baseline=false", "model.width=0.25"]
     runs.run("train", f"experiment={experiment}", f"plates.root={tiny_plates}", f"run_dir={tmp_path / 'run'}", *small)
     assert runs.summary(tmp_path / "run")["steps"] == 1
 
@@ -79,12 +79,11 @@ def test_a_sweep_runs_each_job_in_its_own_folder_and_sorts_the_table(tiny_plates
         "kernels=native",
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
     ]
-    done = runs.run("train", "-m", *words, "training.learning_rate=0.01,0.1", "seed=0,1", code=0)
+    done = runs.run("train", "-m", *words, "training.learning_rate=0.01,0.1,0.3", code=0)
     table = done.stdout.rpartition("sweep ")[2].splitlines()[2:]
     values = [float(line.split()[1]) for line in table]
-    assert len(values) == 4 and values == sorted(values, reverse=True)
-    assert len({runs.digest(tmp_path / "sweep" / str(job) / "run") for job in range(4)}) == 4
-    assert {runs.summary(tmp_path / "sweep" / str(job) / "run")["seed"] for job in range(4)} == {0, 1}
+    assert len(values) == 3 and values == sorted(values, reverse=True)
+    assert len({runs.digest(tmp_path / "sweep" / str(job) / "run") for job in range(3)}) == 3
 
 
 def test_a_failed_job_of_a_sweep_is_listed_and_the_others_go_on(tiny_plates: Path, tmp_path: Path) -> None:

@@ -34,21 +34,15 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(tiny_plates: Path, tmp_p
     runs.wait_until_gone(ranks_of_it)
     runs.kill_session(process)
 
-    # The last rank is killed, at an odd moment; the starter ends with code 5.
+    # A rank is killed, at an odd moment; the starter ends with code 5.
     process = runs.start_train(tiny_plates, folder, *words)
     runs.wait_for_step(process, folder, 9, attempt=2)
-    time.sleep(0.07)
-    os.kill(runs.children(process)[-1], signal.SIGKILL)
+    time.sleep(0.03)
+    victim = 0 if kernels == "ipex" else ranks - 1
+    os.kill(runs.children(process)[victim], signal.SIGKILL)
     _, said = process.communicate(timeout=100)
     assert process.returncode == 5, said
-    assert f"rank {ranks - 1} was killed by SIGKILL" in said
-
-    # Rank 0 is killed in the middle of the last epoch.
-    process = runs.start_train(tiny_plates, folder, *words)
-    runs.wait_for_step(process, folder, 19, attempt=3)
-    os.kill(runs.children(process)[0], signal.SIGKILL)
-    process.communicate(timeout=100)
-    assert process.returncode == 5
+    assert f"rank {victim} was killed by SIGKILL" in said
 
     runs.train(tiny_plates, folder, *words)
     assert runs.digest(folder) == runs.digest(tmp_path / "alone")
