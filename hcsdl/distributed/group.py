@@ -124,6 +124,7 @@ def hand_out(identity: Identity, make: Callable[[], str], timeout_s: float) -> s
     """
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     if identity.rank > 0:
+        store.wait(["hcsdl/text"], timedelta(days=2))  # rank 0 may have many plates to look at first
         text = store.get("hcsdl/text").decode()
         if text.startswith("!"):
             raise SystemExit(int(text[1:]))

@@ -23,8 +23,14 @@ _THETA = np.arange(_DIRECTIONS) * 2 * np.pi / _DIRECTIONS
 def draw_cell(canvases: np.ndarray, y: int, x: int, look: Look, rng: np.random.Generator) -> None:
     """Add a cell centred on row `y`, column `x` of `canvases`, float32 (3, rows, columns): DAPI, Tubulin, Actin."""
     angle = rng.uniform(0, np.pi)
-    outline = _outline(BODY_PX * look.body_size * rng.lognormal(0, 0.12), look.elongation * rng.uniform(0.95, 1.15), angle,
-                       look.arms, look.arm_depth * rng.uniform(0.7, 1.3), rng)
+    outline = _outline(
+        BODY_PX * look.body_size * rng.lognormal(0, 0.12),
+        look.elongation * rng.uniform(0.95, 1.15),
+        angle,
+        look.arms,
+        look.arm_depth * rng.uniform(0.7, 1.3),
+        rng,
+    )
     half = int(min(MARGIN_PX, outline.max() + 3))
     size = 2 * half + 1
     box = slice(MARGIN_PX - half, MARGIN_PX + half + 1)

@@ -21,12 +21,15 @@ COMPOUNDS: dict[str, dict[str, tuple[float, ...]]] = {
     "Protein degradation": {"MG-132": (3, 0.1), "ALLN": (100, 3), "proteasome inhibitor I": (3, 0.1), "lactacystin": (10,)},
     "Protein synthesis": {"emetine": (1, 0.3, 0.1), "cyclohexamide": (50, 15, 5), "anisomycin": (1, 0.3)},
     "Epithelial": {"AZ-J": (10, 3, 1), "PP-2": (10, 3), "AZ-U": (10, 3, 1)},
-    "Microtubule destabilizers": {"vincristine": (3, 1, 0.3, 0.1, 0.03, 0.01, 0.003), "demecolcine": (10, 3, 1, 0.3),
-                                  "nocodazole": (3, 1), "colchicine": (0.03,)},
+    "Microtubule destabilizers": {
+        "vincristine": (3, 1, 0.3, 0.1, 0.03, 0.01, 0.003),
+        "demecolcine": (10, 3, 1, 0.3),
+        "nocodazole": (3, 1),
+        "colchicine": (0.03,),
+    },
     "DNA damage": {"etoposide": (10, 3, 1), "mitomycin C": (3, 1, 0.3, 0.1), "cisplatin": (10,), "chlorambucil": (10,)},
     "Cholesterol-lowering": {"mevinolin/lovastatin": (15, 5, 1.5), "simvastatin": (20, 6, 2)},
-    "DNA replication": {"camptothecin": (0.03, 0.01, 0.003), "floxuridine": (30, 10), "mitoxantrone": (0.01, 0.003),
-                        "methotrexate": (10,)},
+    "DNA replication": {"camptothecin": (0.03, 0.01, 0.003), "floxuridine": (30, 10), "mitoxantrone": (0.01, 0.003), "methotrexate": (10,)},
     "Kinase inhibitors": {"PD-169316": (10, 3), "alsterpaullone": (3, 1), "bryostatin": (0.3,)},
 }
 

@@ -52,8 +52,14 @@ def conditions(seed: int, field: Field) -> Conditions:
     background = 220 * np.exp(batch.normal(0, 0.25, 3) + plate.normal(0, 0.25, 3) + well.normal(0.1 * edge, 0.08, 3))
     density = np.exp(batch.normal(0, 0.08) + plate.normal(0, 0.08) + well.normal(-0.15 * edge, 0.13))
     blur = 0.5 + 0.2 * abs(plate.normal()) + 0.2 * abs(well.normal()) + 0.1 * abs(site.normal())
-    return Conditions(gain, background, plate.normal(0, (0.12, 0.12, 0.05, 0.05, 0.05), (3, 5)), noise=float(plate.uniform(0.6, 1.6)),
-                      blur_px=float(min(blur, 1.5)), density=float(np.clip(density, 0.6, 1.25)))
+    return Conditions(
+        gain,
+        background,
+        plate.normal(0, (0.12, 0.12, 0.05, 0.05, 0.05), (3, 5)),
+        noise=float(plate.uniform(0.6, 1.6)),
+        blur_px=float(min(blur, 1.5)),
+        density=float(np.clip(density, 0.6, 1.25)),
+    )
 
 
 def shading_field(parameters: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -20,11 +20,33 @@ from hcsdl.simulation.presets import Preset
 
 ROWS, COLUMNS = "BCDEFG", range(2, 12)  # the 60 inner wells of a 96-well plate, as BBBC021 uses them
 CHANNELS = (("DAPI", 1), ("Tubulin", 2), ("Actin", 4))  # name, number after `_w` in file names
-FILE_PREFIXES = ("Week1_150607_", "Week2_180607_", "Week3_290607_", "", "Week5_130707_", "Week6_200607_", "Week7_230707_",
-                 "Week8_4sites_", "Week9_090907_", "Week10_200907_")  # as BBBC021's ten batches have them
-IMAGE_COLUMNS = ("TableNumber", "ImageNumber", "Image_FileName_DAPI", "Image_PathName_DAPI", "Image_FileName_Tubulin",
-                 "Image_PathName_Tubulin", "Image_FileName_Actin", "Image_PathName_Actin", "Image_Metadata_Plate_DAPI",
-                 "Image_Metadata_Well_DAPI", "Replicate", "Image_Metadata_Compound", "Image_Metadata_Concentration")
+FILE_PREFIXES = (
+    "Week1_150607_",
+    "Week2_180607_",
+    "Week3_290607_",
+    "",
+    "Week5_130707_",
+    "Week6_200607_",
+    "Week7_230707_",
+    "Week8_4sites_",
+    "Week9_090907_",
+    "Week10_200907_",
+)  # as BBBC021's ten batches have them
+IMAGE_COLUMNS = (
+    "TableNumber",
+    "ImageNumber",
+    "Image_FileName_DAPI",
+    "Image_PathName_DAPI",
+    "Image_FileName_Tubulin",
+    "Image_PathName_Tubulin",
+    "Image_FileName_Actin",
+    "Image_PathName_Actin",
+    "Image_Metadata_Plate_DAPI",
+    "Image_Metadata_Well_DAPI",
+    "Replicate",
+    "Image_Metadata_Compound",
+    "Image_Metadata_Concentration",
+)
 _LAYOUT, _NAMES = 1, 2  # first words of the seeds of what is random here
 
 
@@ -63,15 +85,27 @@ def fields_of_view(preset: Preset, seed: int, control: str) -> list[Field]:
             for site in range(1, preset.sites + 1):
                 stem = f"{FILE_PREFIXES[(batch - 1) % 10]}{well}_s{site}_w"
                 names = tuple(f"{stem}{wavelength}{_guid(seed, number, well, site, wavelength)}.tif" for _, wavelength in CHANNELS)
-                found.append(Field(batch, number, f"Week{batch}_{22123 + 2000 * (batch - 1) + 20 * index}", well, site,
-                                   replicates[treatment], treatment, names))
+                found.append(
+                    Field(
+                        batch,
+                        number,
+                        f"Week{batch}_{22123 + 2000 * (batch - 1) + 20 * index}",
+                        well,
+                        site,
+                        replicates[treatment],
+                        treatment,
+                        names,
+                    )
+                )
     return found
 
 
 def _deal(preset: Preset, plates: int, rng: np.random.Generator) -> list[list[Treatment]]:
     if preset.replicates > plates:
-        raise ConfigError(f"simulate.replicates must be at most the number of plates, {plates}: replicates stand on different plates. "
-                          f"Got {preset.replicates} instead; raise simulate.batches or simulate.plates_per_batch.")
+        raise ConfigError(
+            f"simulate.replicates must be at most the number of plates, {plates}: replicates stand on different plates. "
+            f"Got {preset.replicates} instead; raise simulate.batches or simulate.plates_per_batch."
+        )
     dealt: list[list[Treatment]] = [[] for _ in range(plates)]
     wanted = treatments(preset.moas, preset.compounds_per_moa, preset.concentrations)
     for number in rng.permutation(len(wanted)):
@@ -83,8 +117,10 @@ def _deal(preset: Preset, plates: int, rng: np.random.Generator) -> list[list[Tr
     room = len(ROWS) * len(COLUMNS) - preset.control_wells
     fullest = max(len(contents) for contents in dealt)
     if fullest > room:
-        raise ConfigError(f"simulate: a plate has room for {room} treated wells. Got {fullest} instead; "
-                          "raise simulate.plates_per_batch or lower simulate.replicates.")
+        raise ConfigError(
+            f"simulate: a plate has room for {room} treated wells. Got {fullest} instead; "
+            "raise simulate.plates_per_batch or lower simulate.replicates."
+        )
     return dealt
 
 
@@ -107,8 +143,18 @@ def image_table(fields: list[Field]) -> str:
         counts[field.batch] += 1
         folder = f"Week{field.batch}/{field.plate_name}"
         files = [part for name in field.file_names for part in (name, folder)]
-        rows.append([field.batch, counts[field.batch], *files, field.plate_name, field.well, field.replicate, field.treatment.compound,
-                     f"{field.treatment.concentration:g}"])
+        rows.append(
+            [
+                field.batch,
+                counts[field.batch],
+                *files,
+                field.plate_name,
+                field.well,
+                field.replicate,
+                field.treatment.compound,
+                f"{field.treatment.concentration:g}",
+            ]
+        )
     return _csv([IMAGE_COLUMNS, *rows], csv.QUOTE_MINIMAL)
 
 

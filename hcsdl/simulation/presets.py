@@ -31,10 +31,30 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(height_px=128, width_px=160, moas=3, compounds_per_moa=2, concentrations=1, replicates=3, sites=2, batches=1,
-                   plates_per_batch=3, control_wells=2),
-    "demo": Preset(height_px=1024, width_px=1280, moas=6, compounds_per_moa=2, concentrations=1, replicates=6, sites=2, batches=2,
-                   plates_per_batch=3, control_wells=2),
+    "tiny": Preset(
+        height_px=128,
+        width_px=160,
+        moas=3,
+        compounds_per_moa=2,
+        concentrations=1,
+        replicates=3,
+        sites=2,
+        batches=1,
+        plates_per_batch=3,
+        control_wells=2,
+    ),
+    "demo": Preset(
+        height_px=1024,
+        width_px=1280,
+        moas=6,
+        compounds_per_moa=2,
+        concentrations=1,
+        replicates=6,
+        sites=2,
+        batches=2,
+        plates_per_batch=3,
+        control_wells=2,
+    ),
 }
 
 

@@ -84,9 +84,15 @@ def simulate(config: SimulateConfig, root: Path, seed: int, *, control: str = "D
 
 
 def _counts(fields: list[Field]) -> dict[str, int]:
-    return {"fields": len(fields), "wells": len({(f.plate, f.well) for f in fields}), "plates": len({f.plate for f in fields}),
-            "batches": len({f.batch for f in fields}), "compounds": len({f.treatment.compound for f in fields}),
-            "treatments": len({f.treatment for f in fields}), "moas": len({f.treatment.moa for f in fields})}
+    return {
+        "fields": len(fields),
+        "wells": len({(f.plate, f.well) for f in fields}),
+        "plates": len({f.plate for f in fields}),
+        "batches": len({f.batch for f in fields}),
+        "compounds": len({f.treatment.compound for f in fields}),
+        "treatments": len({f.treatment for f in fields}),
+        "moas": len({f.treatment.moa for f in fields}),
+    }
 
 
 def _already_drawn(root: Path, told: dict) -> bool:
@@ -99,13 +105,16 @@ def _already_drawn(root: Path, told: dict) -> bool:
                 found = {}
             other = [key for key, value in told.items() if found.get(key) != value]
             if other:
-                raise ConfigError(f"plates.root must be an empty folder or hold the same simulation. Found another one in {root}: "
-                                  + "; ".join(f"{key} is {found.get(key)!r}, asked for {told[key]!r}" for key in other)
-                                  + ". Choose another folder, or delete this one.")
+                raise ConfigError(
+                    f"plates.root must be an empty folder or hold the same simulation. Found another one in {root}: "
+                    + "; ".join(f"{key} is {found.get(key)!r}, asked for {told[key]!r}" for key in other)
+                    + ". Choose another folder, or delete this one."
+                )
             return name == MARKER
     if root.exists() and any(root.glob("BBBC021_v1_*.csv*")):
-        raise ConfigError(f"plates.root must be an empty folder or hold a simulation. Found plates not drawn by hcsdl in {root}. "
-                          "Choose another folder.")
+        raise ConfigError(
+            f"plates.root must be an empty folder or hold a simulation. Found plates not drawn by hcsdl in {root}. Choose another folder."
+        )
     return False
 
 

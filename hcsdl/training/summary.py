@@ -26,12 +26,15 @@ def versions() -> dict[str, str]:
 def git_commit() -> str | None:
     """Return the commit of the checkout this package runs from, `+changes` where files differ from it; None outside a checkout."""
     here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        top = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed copy may lie inside another project's checkout
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return top.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 
 def time_to_accuracy(history: Sequence[dict], key: str) -> dict[str, float | None]:

@@ -39,8 +39,10 @@ def test_untreated_wells_do_not_depend_on_the_effect() -> None:
 def test_more_of_a_compound_changes_more_of_a_field() -> None:
     """Pixels that differ from the untreated field grow in number with the concentration."""
     untreated = draw_field(1, FIELD, 1.0, 512, 640)
-    changed = [(draw_field(1, replace(FIELD, treatment=Treatment("AZ138", value, "Eg5 inhibitors")), 1.0, 512, 640) != untreated).mean()
-               for value in (0.03, 0.3, 3.0)]
+    changed = [
+        (draw_field(1, replace(FIELD, treatment=Treatment("AZ138", value, "Eg5 inhibitors")), 1.0, 512, 640) != untreated).mean()
+        for value in (0.03, 0.3, 3.0)
+    ]
     assert changed[0] < changed[1] < changed[2]
 
 
@@ -76,8 +78,15 @@ def test_a_full_field_has_sixty_to_a_hundred_and_fifty_cells() -> None:
 
 def test_plates_and_batches_differ_in_brightness() -> None:
     """The mean grey level of untreated wells differs between plates by more than a tenth (sd of its logarithm), in each channel."""
-    means = np.array([[draw_field(0, replace(FIELD, plate=plate, batch=1 + plate // 3, well=well), 1.0, 160, 200).mean(axis=(1, 2))
-                       for well in ("C05", "D07", "E04")] for plate in range(6)]).mean(axis=1)
+    means = np.array(
+        [
+            [
+                draw_field(0, replace(FIELD, plate=plate, batch=1 + plate // 3, well=well), 1.0, 160, 200).mean(axis=(1, 2))
+                for well in ("C05", "D07", "E04")
+            ]
+            for plate in range(6)
+        ]
+    ).mean(axis=1)
     assert (np.log(means).std(axis=0) > 0.1).all()
 
 

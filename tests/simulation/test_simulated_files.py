@@ -16,9 +16,20 @@ from hcsdl.config import ConfigError, PlatesConfig, SimulateCommand, SimulateCon
 from hcsdl.simulation import simulate
 
 BBBC021_COLUMNS = [
-    "TableNumber", "ImageNumber", "Image_FileName_DAPI", "Image_PathName_DAPI", "Image_FileName_Tubulin", "Image_PathName_Tubulin",
-    "Image_FileName_Actin", "Image_PathName_Actin", "Image_Metadata_Plate_DAPI", "Image_Metadata_Well_DAPI", "Replicate",
-    "Image_Metadata_Compound", "Image_Metadata_Concentration"]
+    "TableNumber",
+    "ImageNumber",
+    "Image_FileName_DAPI",
+    "Image_PathName_DAPI",
+    "Image_FileName_Tubulin",
+    "Image_PathName_Tubulin",
+    "Image_FileName_Actin",
+    "Image_PathName_Actin",
+    "Image_Metadata_Plate_DAPI",
+    "Image_Metadata_Well_DAPI",
+    "Replicate",
+    "Image_Metadata_Compound",
+    "Image_Metadata_Concentration",
+]
 SMALL = {"preset": "tiny", "height_px": 40, "width_px": 56, "moas": 1, "sites": 1}
 
 
@@ -35,8 +46,9 @@ def test_tables_have_bbbc021s_columns(tiny_plates: Path) -> None:
     assert list(image.columns) == BBBC021_COLUMNS
     assert list(moa.columns) == ["compound", "concentration", "moa"]
     assert list(pd.read_csv(tiny_plates / "BBBC021_v1_compound.csv").columns) == ["compound", "smiles"]
-    joined = image.merge(moa, how="left", left_on=["Image_Metadata_Compound", "Image_Metadata_Concentration"],
-                         right_on=["compound", "concentration"])
+    joined = image.merge(
+        moa, how="left", left_on=["Image_Metadata_Compound", "Image_Metadata_Concentration"], right_on=["compound", "concentration"]
+    )
     assert len(joined) == len(image) == 48
     assert joined.moa.notna().all() and joined.moa.nunique() == 4
     assert set(moa.loc[moa["compound"] == "DMSO", "moa"]) == {"DMSO"}
@@ -62,7 +74,11 @@ def test_images_are_where_the_zips_unpack_to(tiny_plates: Path) -> None:
 def test_nothing_but_plates_is_left(tiny_plates: Path) -> None:
     """A finished folder holds three tables, the marker and three files a field: nothing unfinished."""
     assert sorted(path.name for path in tiny_plates.iterdir() if path.is_file()) == [
-        "BBBC021_v1_compound.csv", "BBBC021_v1_image.csv", "BBBC021_v1_moa.csv", "simulation.json"]
+        "BBBC021_v1_compound.csv",
+        "BBBC021_v1_image.csv",
+        "BBBC021_v1_moa.csv",
+        "simulation.json",
+    ]
     assert len(list(tiny_plates.glob("Week*/*"))) == 3 * 48 == len(list(tiny_plates.glob("Week*/*.tif")))
 
 

@@ -56,8 +56,18 @@ def draw_features(preset: Preset, seed: int) -> tuple[list[Field], np.ndarray]:
 
 def test_intensity_statistics_give_little_away_small() -> None:
     """13 classes of 12 fields at 256 × 320: below the limit; with a tell-tale of one sd added to each class, the same baseline is above."""
-    preset = Preset(height_px=256, width_px=320, moas=12, compounds_per_moa=2, concentrations=1, replicates=6, sites=1, batches=2,
-                    plates_per_batch=3, control_wells=4)
+    preset = Preset(
+        height_px=256,
+        width_px=320,
+        moas=12,
+        compounds_per_moa=2,
+        concentrations=1,
+        replicates=6,
+        sites=1,
+        batches=2,
+        plates_per_batch=3,
+        control_wells=4,
+    )
     fields, table = draw_features(preset, 1)
     assert accuracy(fields, table) < LIMIT
     classes = sorted({f.treatment.moa for f in fields})
@@ -69,8 +79,18 @@ def test_intensity_statistics_give_little_away_small() -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_intensity_statistics_give_little_away(seed: int) -> None:
     """13 classes of at least 24 fields at 512 × 640, half of six plates held out: below 0.60."""
-    preset = Preset(height_px=512, width_px=640, moas=12, compounds_per_moa=2, concentrations=1, replicates=6, sites=2, batches=2,
-                    plates_per_batch=3, control_wells=6)
+    preset = Preset(
+        height_px=512,
+        width_px=640,
+        moas=12,
+        compounds_per_moa=2,
+        concentrations=1,
+        replicates=6,
+        sites=2,
+        batches=2,
+        plates_per_batch=3,
+        control_wells=6,
+    )
     found = accuracy(*draw_features(preset, seed))
     print(f"baseline accuracy, seed {seed}: {found:.3f}")
     assert found < LIMIT

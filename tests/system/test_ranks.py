@@ -65,7 +65,14 @@ def test_torchrun_tells_a_bad_plate_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_takes_a_step_on_tiny_plates(tiny_plates: Path, tmp_path: Path, experiment: str) -> None:
-    small = ["machine.threads_per_rank=1", "training.max_steps=1", "training.global_batch_size=4", "distributed.ranks=1", "training.baseline=false", "model.width=0.25"]
+    small = [
+        "machine.threads_per_rank=1",
+        "training.max_steps=1",
+        "training.global_batch_size=4",
+        "distributed.ranks=1",
+        "training.baseline=false",
+        "model.width=0.25",
+    ]
     runs.run("train", f"experiment={experiment}", f"plates.root={tiny_plates}", f"run_dir={tmp_path / 'run'}", *small)
     assert runs.summary(tmp_path / "run")["steps"] == 1
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+import hcsdl.commands.run
+from hcsdl.commands.compose import compose_command
+from hcsdl.commands.train import open_run_folder, prepare_run
 from hcsdl.config import DistributedConfig
 from hcsdl.data.loading import MiniBatch
 from hcsdl.data.sampling import evaluation_rows
@@ -118,3 +123,25 @@ def test_ranks_with_uneven_parts_evaluate_one_network() -> None:
         assert one["rows"] == list(range(FIELDS)) and one["labels"] == [row % CLASSES for row in range(FIELDS)]
         torch.testing.assert_close(torch.tensor(one["logits"]), expected(mean), msg="statistics must be the mean of the ranks'")
         assert one["kept"] and one["training"], "a rank's own statistics and mode must be as before"
+
+
+def test_a_run_evaluates_with_the_averaged_statistics(tiny_plates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["experiment=tiny", f"plates.root={tiny_plates}", f"run_dir={tmp_path}", "training.baseline=false", "kernels=reference"]
+    prepare_run(config := compose_command("train", words), folder := open_run_folder(config))
+    run = hcsdl.commands.run.Run(config, folder, Identity(), lambda: False, "system")
+    own = {name: buffer.clone() for name, buffer in run.bare.named_buffers()}
+    averaged = {name: buffer + 0.5 for name, buffer in own.items() if buffer.is_floating_point()}  # as if other ranks had other ones
+    seen: list[dict[str, Tensor]] = []
+
+    def watched(model: nn.Module, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append({name: buffer.clone() for name, buffer in model.named_buffers()})
+        return predict(model, *rest)
+
+    monkeypatch.setattr(hcsdl.commands.run, "predict", watched)
+    monkeypatch.setattr(run.group, "averaged_buffers", lambda model: averaged)
+    fields, wells = run.scores()
+    run.journal.close()
+    folder.release()
+    assert len(seen) == 1 and averaged and all(torch.equal(seen[0][name], value) for name, value in averaged.items())
+    assert all(torch.equal(buffer, own[name]) for name, buffer in run.bare.named_buffers()), "a rank keeps its own"
+    assert int(fields.confusion.sum()) == run.plan.num_val_fields and int(wells.confusion.sum()) == run.plan.num_wells_val
