@@ -210,7 +210,8 @@ def _mechanisms(table: pd.DataFrame, root: Path, is_control: pd.Series, notes: l
         names = [key.replace("\n", " at ") for key in known.loc[strangers, "key"]]
         notes.append(f"{path.name} has {len(names)} treatments that no field has: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}.")
     found[is_control] = CONTROL_MOA
-    if bare := int(found.isna().sum()):
+    bare = int(found.isna().sum())
+    if 0 < bare < len(table):
         notes.append(f"{bare} of {len(table)} fields have no MoA: they are not used where the MoA is learnt.")
     return found
 
@@ -229,6 +230,7 @@ def _smiles(table: pd.DataFrame, path: Path, notes: list[str]) -> pd.Series:
     known = dict(zip(_column(raw, path, "compound"), raw["smiles"], strict=True))
     found = table["Metadata_Compound"].map(known).astype(object)
     found = found.where(found.notna() & (found != ""), None)
-    if bare := int(found.isna().sum()):
+    bare = int(found.isna().sum())
+    if 0 < bare < len(table):
         notes.append(f"{bare} of {len(table)} fields have no SMILES in {path.name}.")
     return found

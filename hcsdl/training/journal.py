@@ -41,7 +41,9 @@ class Journal(Silence):
 
         self._folder, self._every_s, self._steps_per_epoch = folder, every_s, steps_per_epoch
         self._file = open(folder.journal, "a", buffering=1)
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step or None)
+        if folder.journal.stat().st_size and not folder.journal.read_bytes().endswith(b"\n"):
+            self._file.write("\n")  # a crash has cut the last line
+        self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=terminal, mininterval=0.2 if terminal else 10, file=sys.stderr
@@ -102,7 +104,7 @@ class Journal(Silence):
 
 
 def read_journal(path: Path) -> list[dict]:
-    """Return the lines of a journal as dicts; a last line cut short by a crash is left out."""
+    """Return the lines of a journal as dicts; a line cut short by a crash is left out."""
     lines = []
     for text in path.read_text().splitlines():
         try:

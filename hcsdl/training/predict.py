@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from hcsdl.config import DataError
 from hcsdl.data.loading import MiniBatch
 from hcsdl.distributed.group import Group
 from hcsdl.kernels import Kernels
@@ -20,16 +21,21 @@ def predict(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (rows int64 (N,), labels int64 (N,), logits float32 (N, K)), sorted by row, the same on every rank.
 
-    Ranks may hold different numbers of fields, none included. The model is put into evaluation mode and back.
+    Ranks may hold different numbers of fields, none included. The model is put into evaluation mode and back. Raises DataError where no rank
+    has a field.
     """
     parts: list[tuple[torch.Tensor, ...]] = []
     training = model.training
     model.eval()
-    with torch.no_grad(), kernels.autocast():
-        for batch in loader:
-            parts.append((batch.rows, batch.labels, model(batch.images).float()))
-    model.train(training)
+    try:
+        with torch.no_grad(), kernels.autocast():
+            for batch in loader:
+                parts.append((batch.rows, batch.labels, model(batch.images).float()))
+    finally:
+        model.train(training)
     parts = [part for rank in group.all_gather_object(parts) for part in rank]
+    if not parts:
+        raise DataError("at least one field held out must be readable. None is: `hcsdl check` lists what is wrong with them.")
     rows, labels, logits = (torch.cat(column) for column in zip(*parts, strict=True))
     order = rows.argsort()
     return rows[order], labels[order], logits[order]

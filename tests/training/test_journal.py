@@ -125,7 +125,6 @@ def test_after_a_resume_steps_done_twice_are_the_later_attempts(tmp_path: Path) 
     assert curve[4] == 7.0 and 5 not in curve and {1, 2} <= curve.keys()
 
 
-@pytest.mark.xfail(strict=True, reason="a resume at step n takes what step n itself has shown out of TensorBoard")
 def test_what_was_saved_stays_in_tensorboard(tmp_path: Path) -> None:
     crash_and_resume(tmp_path, at=3, reached=5)
     found = scalars(tmp_path / "tensorboard")
@@ -133,7 +132,6 @@ def test_what_was_saved_stays_in_tensorboard(tmp_path: Path) -> None:
     assert found["evaluation/well_accuracy"] == [(3, 0.5)]
 
 
-@pytest.mark.xfail(strict=True, reason="a second start from step 0 purges nothing")
 def test_a_start_from_nothing_leaves_no_old_curve(tmp_path: Path) -> None:
     crash_and_resume(tmp_path, at=0, reached=5)
     assert scalars(tmp_path / "tensorboard")["step/loss"] == [(1, 7.0)]
@@ -151,7 +149,6 @@ def test_a_last_line_cut_short_is_left_out(tmp_path: Path, cut: int) -> None:
     assert [line["step"] for line in read_journal(path)] == expected
 
 
-@pytest.mark.xfail(strict=True, reason="a new attempt writes on in a cut line")
 def test_the_next_attempts_first_line_is_not_glued_to_a_cut_one(tmp_path: Path) -> None:
     own = journal(tmp_path)
     own.step(1, 8, values(1))
