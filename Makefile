@@ -20,6 +20,7 @@ env: $(STAMP)
 $(STAMP):
 	@test -f requirements/$(STACK).txt || { echo "STACK must be xeon or native. Got $(STACK) instead."; exit 2; }
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 must be on PATH. Found neither; name one with PYTHON=…"; exit 2; }
+	@echo "making $(VENV) from $(PINS): a few minutes, once"
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	cat $(PINS) | grep -v '^-r' | sed 's/===/$(if $(TORCH_INDEX_URL),==,===)/' > $(VENV)/requirements.txt

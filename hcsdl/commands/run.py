@@ -64,6 +64,7 @@ class Run:
             self.group.check_equal(what, value)
 
         checkpoint, foreign = self._find_checkpoint()
+        self.group.check_equal("checkpoint", checkpoint and checkpoint.step)
         if checkpoint is None:
             self.preprocessing = load_preprocessing(folder.preprocessing)
         else:
@@ -99,7 +100,6 @@ class Run:
                 f"a run goes on with the fields it began with. The index was {checkpoint.index_hash} and is {self.plan.index_hash}: "
                 "the plates have changed; restore them, or name another run_dir."
             )
-        self.group.check_equal("checkpoint", checkpoint.step)
         return checkpoint, foreign
 
     def _build(self, checkpoint: Checkpoint | None, foreign: bool) -> None:

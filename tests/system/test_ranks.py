@@ -31,6 +31,8 @@ def test_two_ranks_equal_one_rank_with_twice_the_mini_batch(tiny_plates: Path, t
     far = max(float((one[name] - two[name]).norm() / one[name].norm()) for name in one)
     print("largest relative difference:", far)
     assert far < 1e-6
+    losses = [[line["loss"] for line in runs.journal(tmp_path / ranks) if line["event"] == "step"] for ranks in ("1", "2")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and len(losses[0]) == 5
     assert runs.summary(tmp_path / "2")["world_size"] == 2
 
 
