@@ -163,7 +163,7 @@ class KernelsConfig(Checked):
 
     name: str = option(
         "auto",
-        "reference: fp32; native: bf16, stock PyTorch; ipex: bf16, IPEX; auto: ipex, else native, else reference",
+        "reference: fp32; native: bf16, stock PyTorch; ipex: bf16, IPEX; auto: ipex, else native; both fp32 where the processor has no bf16",
         choices=("auto", "reference", "native", "ipex"),
     )
 
@@ -173,7 +173,7 @@ class DistributedConfig(Checked):
     """Many ranks, one model."""
 
     backend: str = option("gloo", "collective communication library", choices=("gloo",))
-    ranks: Optional[int] = option(None, "ranks on this machine; null: one a NUMA node", low=1)
+    ranks: Optional[int] = option(None, "ranks on this machine; null: one a NUMA node, two where there is one node of several cores", low=1)
     timeout_s: float = option(600.0, "a collective or rendezvous that takes longer means a lost rank", unit="s", above=0)
 
 

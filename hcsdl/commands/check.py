@@ -45,7 +45,7 @@ def run(config: CheckCommand) -> int:
         measured = measure_index(index, level=level, workers=config.check.workers or usable_cores(), cache=folder)
         problems = measured["QC_Problem"]
         index = replace(index, table=pd.concat([index.table, measured], axis=1))
-    nothing_to_learn = _nothing_to_learn(index.table, moa)
+    nothing_to_learn = _nothing_to_learn(index.table, moa, config.plates.control)
     named = [{"field": index.field_name(row), "problem": problems[row]} for row in problems.index[problems.notna()]]
     found = count_problems(problems)
     breaking = bool(breaks_training(problems).any()) or nothing_to_learn is not None
@@ -88,11 +88,13 @@ def count_fields(table: pd.DataFrame) -> dict[str, int]:
     }
 
 
-def _nothing_to_learn(table: pd.DataFrame, moa: bool) -> str | None:
+def _nothing_to_learn(table: pd.DataFrame, moa: bool, control: str) -> str | None:
     try:
         target_labels(table, "MoA" if moa else "Compound")
     except DataError as error:
         return str(error)
+    if not (table["Metadata_Compound"] == control).any():
+        return f"some well must hold the control, plates.control={control}, which data.intensity is fitted on. None does; name it, or set data.intensity=none."
     return None
 
 

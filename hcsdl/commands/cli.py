@@ -52,6 +52,8 @@ def _run(words: list[str]) -> int:
     if "help" in flags:
         print(command_help(command))
         return 0
+    if {"multirun", "cfg"} <= flags:
+        raise ConfigError("--cfg job prints one configuration. Remove -m, or --cfg job.")
     if "multirun" in flags:
         from hcsdl.commands.sweep import run_sweep
 

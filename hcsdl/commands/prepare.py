@@ -68,7 +68,10 @@ def ranks_and_threads(config: TrainCommand) -> tuple[int, int]:
     cores, batch = usable_cores(), config.training.global_batch_size
     ranks = config.distributed.ranks
     if ranks is None:
-        ranks = next(r for r in range(default_ranks(cores, numa_nodes()), 0, -1) if batch % r == 0)
+        mini = config.training.mini_batch_size
+        ranks = next(
+            (r for r in range(default_ranks(cores, numa_nodes()), 0, -1) if batch % r == 0 and (not mini or batch // r % mini == 0)), 1
+        )
     check_batch(config, ranks)
     return ranks, config.machine.threads_per_rank or max(1, cores // ranks)
 
@@ -98,11 +101,6 @@ def prepare(config: TrainCommand, folder: RunFolder, resume_from: Path | None) -
     table = index.table
     val, train = table[table["Metadata_Split"] == "val"], table[table["Metadata_Split"] == "train"]
     classes = sorted(train["Metadata_Class"].unique())
-    unseen = sorted(set(val["Metadata_Class"]) - set(classes))
-    if unseen:
-        raise DataError(
-            f"every class held out must also be in train. {', '.join(unseen[:5])} are not, with plates.split={config.plates.split}; change it."
-        )
     make_sampler(config, index, classes)  # refuses a global batch larger than the fields, before anything is computed
     field_accuracy, well_accuracy = None, None
     if config.training.baseline:
@@ -110,6 +108,7 @@ def prepare(config: TrainCommand, folder: RunFolder, resume_from: Path | None) -
 
         simple = features[[c for c in features if c.startswith(("Intensity_", "Count_"))]]
         field_accuracy, well_accuracy = baseline_scores(simple, table, table["Metadata_Split"], "Class", config.plates.control)
+    everything = everything.select([row for row in range(len(everything.table)) if everything.field_name(row) not in set(skipped)])
     preprocessing = fit_preprocessing(everything, config.data, config.plates.control, cache, True, usable_cores())
     preprocessing.save(folder.preprocessing)
     shape, _ = read_header(index.paths(0)[0])
@@ -189,6 +188,7 @@ def measured(config: TrainCommand, index: Index, cache: Path) -> tuple[Index, pd
         )
     if names:
         log.warning("%d broken fields are skipped: %s%s", len(names), sentences, more)
+    index = replace(index, table=pd.concat([index.table, found.filter(like="QC_").drop(columns="QC_Problem")], axis=1))
     return index.select(~bad), found[~bad].reset_index(drop=True), names
 
 

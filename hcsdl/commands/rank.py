@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from hcsdl.config import TrainCommand
-from hcsdl.distributed.identity import OWN_LAUNCHER, Identity, who_am_i
+from hcsdl.distributed.identity import Identity, launcher_process, who_am_i
+from hcsdl.distributed.launcher import STOP_SIGNALS
 from hcsdl.machine.memory import keep_freed_memory
 from hcsdl.machine.process import die_with_parent
 from hcsdl.training.run_folder import RunFolder
@@ -24,23 +25,24 @@ log = logging.getLogger(__name__)
 def main() -> int:
     """Be one rank, started by the launcher with the run folder as the only argument."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    die_with_parent(int(os.environ[OWN_LAUNCHER]))
     return run_rank(Path(sys.argv[1]))
 
 
 def run_rank(path: Path) -> int:
     """Train as the rank this process is; return the exit code. Every expected failure is one line."""
+    die_with_parent(launcher_process())
     stop = StopFlag()
     identity, folder = who_am_i(), RunFolder(path)
     folder.join()
-    _log_into(folder.logs / f"rank{identity.rank}.log")
+    if identity.rank == 0 or identity.launcher != "own":  # our launcher has sent the other ranks' output there
+        _log_into(folder.logs / f"rank{identity.rank}.log")
     try:
         _train(identity, folder, stop)
     except Exception as error:
         code = getattr(error, "exit_code", 1)
         if code == 1 and not isinstance(error, OSError):
             log.exception("rank %d of %d failed", identity.rank, identity.world_size)
-        elif identity.rank == 0 or code not in (2, 3, 4, 75):  # what every rank would say alike, rank 0 says
+        elif identity.rank == 0 or code not in (2, 4, 75):  # what every rank would say alike, rank 0 says
             log.error("hcsdl: %s", error)
         _leave(code)
     _leave(0)
@@ -52,12 +54,11 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.seen = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._see)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
-    def _see(self, number: int, _frame: object) -> None:
-        if self.seen and number == signal.SIGINT:
-            raise KeyboardInterrupt
+    def _see(self, _number: int, _frame: object) -> None:
         self.seen = True
 
     def __call__(self) -> bool:

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 import safetensors.torch
 import torch
 
-from hcsdl.commands.compose import config_hash, to_yaml
+from hcsdl.commands.compose import config_hash, from_yaml, to_yaml
 from hcsdl.commands.prepare import class_numbers, load_plan, make_sampler
-from hcsdl.config import DataError, TrainCommand
+from hcsdl.config import ConfigError, DataError, TrainCommand
 from hcsdl.data.loading import EvalLoader, TrainLoader
 from hcsdl.data.preprocessing import Preprocessing, load_preprocessing
 from hcsdl.data.sampling import evaluation_rows
 from hcsdl.distributed.group import Group
 from hcsdl.distributed.identity import Identity
 from hcsdl.kernels import choose_kernels
-from hcsdl.machine.cores import processor
+from hcsdl.machine.cores import processor, usable_cores
 from hcsdl.machine.memory import peak_rss_gib
 from hcsdl.models import build_model
 from hcsdl.models.weights import load_weights
@@ -54,6 +54,8 @@ class Run:
         self.index = load_index(folder.path)
         self.group = Group(identity, config.distributed)
         self.kernels = choose_kernels(config.kernels.name)
+        if identity.launcher == "torchrun":  # which gives every rank one thread unless told otherwise
+            torch.set_num_threads(config.machine.threads_per_rank or max(1, usable_cores() // identity.local_world_size))
         self.threads = torch.get_num_threads()
         for what, value in (
             ("configuration", config_hash(config)),
@@ -74,6 +76,10 @@ class Run:
         self.steps_per_epoch = self.sampler.pass_length / config.training.global_batch_size
         self.planned_steps = math.ceil(config.training.epochs * self.steps_per_epoch - 1e-9)
         self.total_steps = min(self.planned_steps, config.training.max_steps or self.planned_steps)
+        if foreign and checkpoint.step >= self.total_steps:
+            raise ConfigError(
+                f"training.epochs and max_steps must lead beyond the checkpoint's step {checkpoint.step}. This run would end at {self.total_steps}."
+            )
         self._build(checkpoint, foreign)
         self.resumed = checkpoint is not None
         self._start_journal(stop)
@@ -113,7 +119,7 @@ class Run:
         own: dict = {}
         if checkpoint is not None:
             load_model_state(model, checkpoint)
-            optimizer.load_state_dict(checkpoint.optimizer)
+            self._load_optimizer(optimizer, checkpoint)
             self.state = State(checkpoint.step, list(checkpoint.history), checkpoint.elapsed_s)
             if len(checkpoint.ranks) == self.group.world_size:
                 own = checkpoint.ranks[self.group.rank]
@@ -130,6 +136,16 @@ class Run:
             torch.set_rng_state(own["torch_rng"])
         self.model = self.group.wrap(self.bare)
         self.objective = build_objective(config.objective)
+
+    def _load_optimizer(self, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+        """Give `optimizer` a checkpoint's state; its settings stay this run's."""
+        was = from_yaml("train", checkpoint.config).training.optimizer  # type: ignore[attr-defined]
+        if was != self.config.training.optimizer:
+            raise ConfigError(f"training.optimizer must be the checkpoint's, {was}. Got {self.config.training.optimizer} instead.")
+        asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        optimizer.load_state_dict(checkpoint.optimizer)
+        for group, settings in zip(optimizer.param_groups, asked, strict=True):
+            group.update(settings)
 
     def _start_journal(self, stop: Callable[[], bool]) -> None:
         config, kernels = self.config, self.kernels
@@ -335,7 +351,6 @@ class Run:
             "confusion_fields": fields.confusion.tolist(),
             "confusion_wells": wells.confusion.tolist(),
             "num_fields": len(self.index.table),
-            "num_train_fields": plan.num_train_fields,
             "num_val_fields": plan.num_val_fields,
             "num_wells_val": plan.num_wells_val,
             "skipped_fields": sorted({*plan.skipped_fields, *self.bad_fields}),

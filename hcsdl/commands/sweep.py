@@ -1,7 +1,7 @@
 """`-m`: one job for each combination of comma-separated values, through Hydra's own launchers; a table sorted by the metric at the end.
 
 In: a command's name and overrides. Out: a folder with a numbered folder a job, and the first bad exit code, or 0. Every combination is composed
-and validated before the first job starts. A job is a whole `hcsdl` process with ranks of its own, so nothing leaks from job to job; a
+and validated before the first job starts. A job's ranks are processes of their own, so nothing leaks from job to job; a
 failed job is listed and the others go on.
 """
 
@@ -39,7 +39,7 @@ def run_sweep(command: str, overrides: list[str]) -> int:
     except HydraException as error:
         raise ConfigError(one_line(error, command)) from error
     for job_overrides in jobs:
-        config = compose_command(command, [o for o in job_overrides if not o.startswith("hydra")])
+        config = compose_command(command, job_overrides)
         if config.run_dir is not None:  # type: ignore[attr-defined]
             raise ConfigError("a sweep gives each job its own run_dir. Remove run_dir=…; hydra.sweep.dir=<folder> names the sweep's.")
     named = [o.partition("=")[2] for o in overrides if o.startswith("hydra.sweep.dir=")]

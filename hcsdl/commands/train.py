@@ -48,6 +48,8 @@ def run(config: TrainCommand) -> int:
             log.info("run folder %s: %d rank%s × %d thread%s", folder.path, ranks, "s" * (ranks > 1), threads, "s" * (threads > 1))
             forwarder.children = start_ranks(["-m", "hcsdl.commands.rank", str(folder.path)], ranks, threads, folder.logs)
             code, sentence = watch_ranks(forwarder.children)
+            if code in (2, 3) and not any(folder.checkpoints.iterdir()):
+                folder.config.unlink()  # nothing was trained: the corrected command may use the folder
         except Stop as signal:
             raise Stop(f"stopped by {signal} before the first step: start the same command again.") from signal
         finally:
@@ -61,12 +63,9 @@ def _run_as_rank(config: TrainCommand, identity: Identity) -> int:
     from hcsdl.commands.rank import run_rank
     from hcsdl.distributed.group import hand_out
 
-    kept: list[RunFolder] = []
-
     def compose_once() -> str:
         check_batch(config, identity.world_size)
-        folder = open_run_folder(config)
-        kept.append(folder)  # its lock is held as long as this process lives
+        folder = open_run_folder(config)  # its lock is held as long as this process lives
         if finished(folder, config):
             return json.dumps({"finished": True})
         prepare_run(config, folder)

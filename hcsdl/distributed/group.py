@@ -43,6 +43,8 @@ class Group:
 
     def guard(self, what: str, call: Callable[[], Any]) -> Any:
         """Return `call()`; a RuntimeError in it, which is how backends report a dead peer or a time-out, becomes `LostRank`."""
+        if self.world_size == 1:
+            return call()
         try:
             return call()
         except (RuntimeError, dist.DistError) as error:

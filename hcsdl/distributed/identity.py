@@ -14,11 +14,12 @@ OWN_LAUNCHER = "HCSDL_LAUNCHER_PID"
 
 @dataclass(frozen=True)
 class Identity:
-    """One rank of `world_size`, the `local_rank`-th on its host, started by `launcher` (own, torchrun or alone)."""
+    """One rank of `world_size`, the `local_rank`-th of `local_world_size` on its host, started by `launcher` (own, torchrun or alone)."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_world_size: int = 1
     launcher: str = "alone"
 
 
@@ -38,4 +39,12 @@ def who_am_i(environment: Mapping[str, str] | None = None) -> Identity:
     if values["RANK"] >= values["WORLD_SIZE"]:
         raise ConfigError(f"RANK must be below WORLD_SIZE. Got {values['RANK']} of {values['WORLD_SIZE']} in the environment instead.")
     launcher = "own" if OWN_LAUNCHER in env else "torchrun"
-    return Identity(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], launcher)
+    local = env.get("LOCAL_WORLD_SIZE", "")
+    return Identity(
+        values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], int(local) if local.isdigit() else values["WORLD_SIZE"], launcher
+    )
+
+
+def launcher_process() -> int:
+    """Return the process id of whoever started this rank: our launcher, else our parent."""
+    return int(os.environ.get(OWN_LAUNCHER, os.getppid()))

@@ -53,7 +53,7 @@ def choose_kernels(name: str) -> Kernels:
     """Return the kernels for a setting (`auto`, `reference`, `native`, `ipex`) on this processor and these packages.
 
     bf16 convolutions without AVX512_BF16 or AMX are 4 to 16 times slower than fp32 (pytorch/pytorch#183815), so without them every choice
-    but an explicit `ipex` runs in fp32, with a warning. Raises ConfigError where IPEX is asked for by name and cannot be had.
+    runs in fp32, with a warning. Raises ConfigError where IPEX is asked for by name and cannot be had.
     """
     if name == "reference":
         return Kernels("reference", "fp32", "asked for")

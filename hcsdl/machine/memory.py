@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import platform
-import resource
+import re
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -24,4 +26,6 @@ def keep_freed_memory() -> bool:
 
 def peak_rss_gib() -> float:
     """Return the largest resident set this process ever had, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    status = Path("/proc/self/status").read_text()  # not ru_maxrss, which a process inherits from the one that started it
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.M)
+    return int(found.group(1)) / 2**20 if found else math.nan

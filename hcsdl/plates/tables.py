@@ -201,7 +201,8 @@ def _mechanisms(table: pd.DataFrame, root: Path, is_control: pd.Series, notes: l
     found = fields.map(dict(zip(known["key"], known["moa"], strict=True))).astype(object)
     found = found.where(found.notna(), None)
     strangers = ~known["key"].isin(set(fields))
-    if strangers.any() and strangers.sum() >= (~known["moa"].isin([CONTROL_MOA])).sum():
+    treated = known["moa"] != CONTROL_MOA
+    if treated.any() and strangers[treated].all():
         raise DataError(
             f"Some treatment of {path} must occur in the images. None of its {len(known)} does (the first is "
             f"{known['key'].iloc[0].replace(chr(10), ' at ')}): check names and the concentrations' unit."

@@ -20,6 +20,7 @@ import tifffile
 from tqdm import tqdm
 
 from hcsdl.config import ConfigError, SimulateConfig
+from hcsdl.machine.cores import usable_cores
 from hcsdl.simulation.compounds import COMPOUNDS
 from hcsdl.simulation.fields import draw_field
 from hcsdl.simulation.layout import Field, compound_table, fields_of_view, image_table, moa_table
@@ -127,7 +128,7 @@ def _whole(root: Path, field: Field, preset: Preset) -> bool:
 def _workers(config: SimulateConfig, preset: Preset, waiting: list[Field]) -> int:
     if config.workers is None and len(waiting) * preset.height_px * preset.width_px < _FEW_PX:
         return 1
-    return max(1, min(config.workers or len(os.sched_getaffinity(0)), len(waiting)))
+    return max(1, min(config.workers or usable_cores(), len(waiting)))
 
 
 def _draw_all(draw: partial, waiting: list[Field], workers: int) -> Iterator[None]:

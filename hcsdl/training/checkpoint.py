@@ -59,7 +59,11 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, *, keep: int, best: bo
     write_atomically(path, buffer.getbuffer())
     if best:
         _link(path, folder / "best.pt")
-    for old in list_checkpoints(folder)[keep:]:
+    own = [p for p in list_checkpoints(folder) if p <= path]
+    for old in [
+        *own[keep:],
+        *(p for p in list_checkpoints(folder) if p > path),
+    ]:  # newer ones are broken: this run went on from before them
         old.unlink(missing_ok=True)
     return path
 

@@ -140,7 +140,7 @@ def train_step(parts: Parts, batches: Sequence[MiniBatch], step: int, save_due: 
                          save_due and parts.group.rank == 0], dtype=torch.float64)  # fmt: skip
     loss, bad_loss, bad_norm, stop, save = parts.group.all_reduce(seen).tolist()
     if bad_loss or bad_norm:
-        _refuse(parts, batches, step, own, norm)
+        _refuse(parts, batches, step, own, norm, bool(bad_loss))
     if parts.config.clip_norm is not None and norm > parts.config.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(parts.model.parameters(), parts.config.clip_norm, torch.tensor(norm))
     parts.optimizer.step()
@@ -153,14 +153,17 @@ def gradient_norm(model: torch.nn.Module) -> float:
     return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
 
-def _refuse(parts: Parts, batches: Sequence[MiniBatch], step: int, loss: float, norm: float) -> None:
-    """Raise NonFiniteLoss on every rank, naming the step and the ranks and fields that saw it."""
-    names = [parts.field_name(int(row)) for batch in batches for row in batch.rows] if not math.isfinite(loss) else []
+def _refuse(parts: Parts, batches: Sequence[MiniBatch], step: int, loss: float, norm: float, bad_loss: bool) -> None:
+    """Raise NonFiniteLoss on every rank, naming the step, and the ranks and fields whose loss is to blame (all of them for a gradient)."""
+    mine = not math.isfinite(loss) or not bad_loss
+    names = [parts.field_name(int(row)) for batch in batches for row in batch.rows] if mine else []
     seen = {rank: fields for rank, fields in enumerate(parts.group.all_gather_object(names)) if fields}
     where = "; ".join(f"rank {rank}: {', '.join(fields[:8])}" for rank, fields in seen.items())
-    what = f"loss was not finite on {where}" if seen else f"the gradient's norm was {norm}, the loss was finite"
-    raise NonFiniteLoss(f"the loss must be finite. At step {step} the {what}. The weights were not moved and the last checkpoint is intact; "
-                        "try a smaller training.learning_rate, training.clip_norm, or look at those fields.")  # fmt: skip
+    what = "loss was not finite" if bad_loss else f"gradient's norm was {norm} (the loss was finite)"
+    raise NonFiniteLoss(
+        f"the loss and its gradient must be finite. At step {step} the {what} on {where}. The weights were not moved and the last checkpoint "
+        "is intact; try a smaller training.learning_rate, training.clip_norm, or look at those fields."
+    )
 
 
 def _values(parts: Parts, outcome: Outcome, step: int, step_s: float, wait_s: float) -> dict:

@@ -82,6 +82,11 @@ def test_one_class_is_nothing_to_learn(tmp_path, capsys):
     assert "must have at least two classes" in capsys.readouterr().out and "must have at least two" in report(tmp_path)["nothing_to_learn"]
 
 
+def test_without_control_wells_training_would_fail(screen, capsys):
+    assert check(screen, "metadata", control="water") == 3
+    assert "some well must hold the control, plates.control=water" in capsys.readouterr().out
+
+
 def test_without_moa_file(screen):
     (screen / "screen_moa.csv").unlink()
     assert check(screen, "files") == 0 and report(screen)["counts"]["moas"] == 0

@@ -15,11 +15,11 @@ WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.
 
 
 def test_alone_without_variables() -> None:
-    assert who_am_i({"PATH": "/bin"}) == Identity(0, 1, 0, "alone")
+    assert who_am_i({"PATH": "/bin"}) == Identity(0, 1, 0, 1, "alone")
 
 
 def test_own_launcher_and_torchrun() -> None:
-    assert who_am_i(WHOLE) == Identity(1, 2, 1, "torchrun")
+    assert who_am_i(WHOLE) == Identity(1, 2, 1, 2, "torchrun")
     assert who_am_i(WHOLE | {"HCSDL_LAUNCHER_PID": "7"}).launcher == "own"
 
 
@@ -43,7 +43,8 @@ def test_impossible_numbers(change: dict, said: str) -> None:
         ({}, 0, ""),
         ({1: -9}, 5, "rank 1 was killed by SIGKILL"),
         ({1: -9, 0: 5}, 5, "rank 1 was killed by SIGKILL"),
-        ({0: 5, 1: 3}, 3, ""),
+        ({0: 5, 1: -9}, 5, "rank 1 was killed by SIGKILL"),
+        ({0: 5, 1: 3}, 3, "logs/rank1.log"),
         ({0: 4, 1: 4}, 4, ""),
         ({0: 75, 1: 75}, 75, ""),
         ({1: 139}, 5, "rank 1 ended with code 139"),
@@ -59,6 +60,7 @@ def test_a_failing_rank_ends_the_others(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("hcsdl.distributed.launcher.GRACE_S", 0.2)
     script = "import os, sys, time; print(os.environ['OMP_NUM_THREADS'], flush=True); sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(100)"
     children = start_ranks(["-c", script], ranks=2, threads=3, logs=tmp_path)
-    assert watch_ranks(children) == (3, "")
+    code, said = watch_ranks(children)
+    assert code == 3 and "logs/rank1.log" in said
     assert [child.returncode for child in children] == [-9, 3]
     assert (tmp_path / "rank1.log").read_text() == "3\n"
