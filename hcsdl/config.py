@@ -65,8 +65,8 @@ class Checked:
 def _check(key: str, value: Any, limits: Any) -> None:
     if limits["choices"] and value not in limits["choices"]:
         raise ConfigError(f"{key} must be one of {', '.join(map(str, limits['choices']))}. Got {value!r} instead.")
-    if isinstance(value, float) and math.isnan(value):
-        raise ConfigError(f"{key} must be a number. Got nan instead.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} must be a finite number. Got {value} instead.")
     if limits["low"] is not None and value < limits["low"]:
         raise ConfigError(f"{key} must be at least {limits['low']}. Got {value} instead.")
     if limits["high"] is not None and value > limits["high"]:
@@ -99,7 +99,7 @@ class PlatesConfig(Checked):
     )
     val_fraction: float = option(0.2, "share of fields, wells, plates or batches held out", above=0, high=0.9)
     fold: int = option(0, "which fold is held out, with split=compound_folds", low=0)
-    split_seed: Optional[int] = option(None, "seed of the split; null: the command's seed", low=0)
+    split_seed: Optional[int] = option(None, "seed of the split; null: the command's seed", low=0, high=2**63 - 1)
 
 
 @dataclass
@@ -148,7 +148,7 @@ class ModelConfig(Checked):
     """Tensor → feature map → embedding → logits."""
 
     name: str = option("resnet18", "the network", choices=MODELS)
-    width: float = option(1.0, "multiplies the number of channels of every layer", above=0)
+    width: float = option(1.0, "multiplies the number of channels of every layer", above=0, high=16)
     zero_init_residual: bool = option(True, "start every residual branch at zero (ResNet)")
     head: str = option(
         "fc", "M-CNN: fc, the published 41.9 M fully connected layer; pool: global average pooling instead", choices=("fc", "pool")
@@ -174,7 +174,7 @@ class DistributedConfig(Checked):
 
     backend: str = option("gloo", "collective communication library", choices=("gloo",))
     ranks: Optional[int] = option(None, "ranks on this machine; null: one a NUMA node, two where there is one node of several cores", low=1)
-    timeout_s: float = option(600.0, "a collective or rendezvous that takes longer means a lost rank", unit="s", above=0)
+    timeout_s: float = option(600.0, "a collective or rendezvous that takes longer means a lost rank", unit="s", above=0, high=1e6)
 
 
 @dataclass
@@ -190,7 +190,7 @@ class TrainingConfig(Checked):
     """Objective + loop → weights."""
 
     target: str = option("MoA", "metadata column to learn: MoA, Compound, Treatment, or any other Metadata_* column")
-    epochs: float = option(20, "passes over the sampled fields", unit="epochs", above=0)
+    epochs: float = option(20, "passes over the sampled fields", unit="epochs", above=0, high=1e6)
     max_steps: Optional[int] = option(None, "stop after this many steps; null: after training.epochs", unit="steps", low=1)
     global_batch_size: int = option(8, "fields an optimizer step, over all ranks", unit="fields", low=1)
     mini_batch_size: Optional[int] = option(
@@ -226,7 +226,7 @@ class SimulateConfig(Checked):
     """Drawn plates in BBBC021's layout; null fields are taken from the preset."""
 
     preset: str = option("demo", "tiny: seconds, 128 × 160; demo: full resolution, six MoAs and DMSO", choices=("tiny", "demo"))
-    effect: float = option(1.0, "strength of every compound's phenotype; 0: no compound does anything", low=0)
+    effect: float = option(1.0, "strength of every compound's phenotype; 0: no compound does anything", low=0, high=10)
     height_px: Optional[int] = option(None, "rows of a field", unit="px", low=32)
     width_px: Optional[int] = option(None, "columns of a field", unit="px", low=32)
     moas: Optional[int] = option(None, "mechanisms of action, besides DMSO", low=1, high=12)
@@ -243,7 +243,7 @@ class SimulateConfig(Checked):
 class Command(Checked):
     """Settings every command has."""
 
-    seed: int = option(0, "seed of everything random", low=0)
+    seed: int = option(0, "seed of everything random", low=0, high=2**63 - 1)
 
 
 @dataclass
@@ -260,6 +260,11 @@ class TrainCommand(Command):
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.name or "/" in self.name:
+            raise ConfigError(f"name must be a word that can end a folder's name. Got {self.name!r} instead.")
 
 
 @dataclass

@@ -65,7 +65,7 @@ def run(config: CheckCommand) -> int:
         "problems": named,
     }
     print("\n".join(_lines(report)))
-    (folder / "check.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    (folder / "check.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"written     {folder / 'check.json'}, {_save(index, folder, level)}")
     return 3 if breaking else 0
 

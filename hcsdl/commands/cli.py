@@ -14,23 +14,23 @@ from collections.abc import Sequence
 from hcsdl.commands.compose import compose_command, to_yaml
 from hcsdl.commands.help import command_help, overview
 from hcsdl.config import COMMANDS, ConfigError
+from hcsdl.machine.process import forgive_standard_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; return its exit code (0, or one of: 1 other failure, 2 config, 3 data, 4 loss, 5 lost rank, 75 stopped)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    forgive_standard_streams()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return _run(words)
     except KeyboardInterrupt:
         print("hcsdl: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 1
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:
-            if not isinstance(error, OSError):
+            if not isinstance(error, OSError | MemoryError):
                 raise
             code = 1
         print(f"hcsdl: {error}", file=sys.stderr)

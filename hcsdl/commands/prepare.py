@@ -57,7 +57,7 @@ class Plan:
 
 def load_plan(path: Path) -> Plan:
     """Return the plan that `Plan.save` wrote."""
-    return Plan(**json.loads(path.read_text()))
+    return Plan(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def ranks_and_threads(config: TrainCommand) -> tuple[int, int]:
@@ -144,6 +144,12 @@ def labelled_index(config: TrainCommand) -> tuple[Index, Index, str]:
     for note in index.notes:
         log.info("%s", note)
     target, classes = target_column(index.table, config.training.target), target_labels(index.table, config.training.target)
+    torn = classes.groupby([index.table["Metadata_Plate"], index.table["Metadata_Well"]]).nunique() > 1
+    if torn.any():
+        raise ConfigError(
+            f"training.target must be the same for all sites of a well. {target} differs within {int(torn.sum())} wells, "
+            f"{'/'.join(torn.index[torn.to_numpy().argmax()])} the first; learn another target."
+        )
     labelled = classes.notna()
     if not labelled.all():
         log.info("%d of %d fields have no %s and are left out.", (~labelled).sum(), len(labelled), target)

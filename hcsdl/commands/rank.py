@@ -16,7 +16,7 @@ from hcsdl.config import TrainCommand
 from hcsdl.distributed.identity import Identity, launcher_process, who_am_i
 from hcsdl.distributed.launcher import STOP_SIGNALS
 from hcsdl.machine.memory import keep_freed_memory
-from hcsdl.machine.process import die_with_parent
+from hcsdl.machine.process import die_with_parent, forgive_standard_streams
 from hcsdl.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 def main() -> int:
     """Be one rank, started by the launcher with the run folder as the only argument."""
+    forgive_standard_streams()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     return run_rank(Path(sys.argv[1]))
 
@@ -50,12 +51,13 @@ def run_rank(path: Path) -> int:
 
 
 class StopFlag:
-    """Remembers that SIGTERM, SIGUSR1 or SIGINT came; the training loop asks for it once a step."""
+    """Remembers that SIGTERM, SIGUSR1, SIGINT or SIGHUP came; the training loop asks for it once a step."""
 
     def __init__(self) -> None:
         self.seen = False
         for number in STOP_SIGNALS:
-            signal.signal(number, self._see)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._see)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _see(self, _number: int, _frame: object) -> None:
@@ -83,7 +85,7 @@ def _train(identity: Identity, folder: RunFolder, stop: StopFlag) -> None:
     from hcsdl.commands.compose import from_yaml
 
     begun = time.monotonic()
-    config: TrainCommand = from_yaml("train", folder.config.read_text())  # type: ignore[assignment]
+    config: TrainCommand = from_yaml("train", folder.config.read_text(encoding="utf-8"))  # type: ignore[assignment]
     allocator = "glibc, freed memory kept" if config.machine.allocator == "keep" and keep_freed_memory() else "system"
 
     from hcsdl.commands.run import Run  # torch is first imported here, after the allocator and the threads are set

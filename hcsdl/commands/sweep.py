@@ -38,6 +38,8 @@ def run_sweep(command: str, overrides: list[str]) -> int:
         jobs = BasicSweeper.split_arguments(parsed, None)[0]
     except HydraException as error:
         raise ConfigError(one_line(error, command)) from error
+    if not jobs:
+        raise ConfigError("a sweep must have at least one job. These values give none.")
     for job_overrides in jobs:
         config = compose_command(command, job_overrides)
         if config.run_dir is not None:  # type: ignore[attr-defined]
@@ -87,14 +89,14 @@ def print_table(folder: Path, jobs: int) -> list[int]:
         if not result.exists():
             rows.append(Row(str(number), None, "did not run", ""))
             continue
-        told = json.loads(result.read_text())
+        told = json.loads(result.read_text(encoding="utf-8"))
         codes.append(told["exit_code"])
         summary = folder / str(number) / "run" / "summary.json"
         overrides = " ".join(told["overrides"])
         if told["exit_code"] or not summary.exists():
             rows.append(Row(str(number), None, f"exit code {told['exit_code']}", overrides))
             continue
-        values = json.loads(summary.read_text())
+        values = json.loads(summary.read_text(encoding="utf-8"))
         metric = values["metric"]
         leaky = " (leaky)" if values["leaky"] else ""
         rows.append(Row(str(number), values[metric], f"{values[metric]:.4f}{leaky}", overrides))

@@ -96,7 +96,7 @@ def finished(folder: RunFolder, config: TrainCommand) -> bool:
         return False
     if config.training.resume == "never":
         raise ConfigError(f"training.resume=never needs a new run folder. {folder.path} holds a run; name another run_dir.")
-    before = from_yaml("train", folder.config.read_text())
+    before = from_yaml("train", folder.config.read_text(encoding="utf-8"))
     changed = [key for key in differences(before, config) if key not in MAY_CHANGE]
     if changed:
         said = ", ".join(f"{key} was {_value(before, key)!r} and is {_value(config, key)!r}" for key in changed[:3])
@@ -105,7 +105,7 @@ def finished(folder: RunFolder, config: TrainCommand) -> bool:
         )
     if not folder.summary.exists():
         return False
-    summary = json.loads(folder.summary.read_text())
+    summary = json.loads(folder.summary.read_text(encoding="utf-8"))
     if summary["steps"] < summary["planned_steps"] and (config.training.max_steps is None or config.training.max_steps > summary["steps"]):
         return False
     log.info(

@@ -79,6 +79,8 @@ class _Opened:
 
     def __enter__(self) -> tifffile.TiffPage:
         try:
+            if self.path.exists() and not self.path.is_file():
+                raise OSError("not a regular file")  # opening a FIFO would wait for ever
             self.tiff = tifffile.TiffFile(self.path)
         except Exception as error:  # tifffile's parser lets many types through on garbage
             raise _explained(error, self.path) from error

@@ -124,7 +124,12 @@ def hand_out(identity: Identity, make: Callable[[], str], timeout_s: float) -> s
     For launchers that start every rank with the user's own command line (torchrun). What `make` raises on rank 0 is raised there; the others
     then exit quietly with the same kind of error.
     """
-    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    except (RuntimeError, dist.DistError) as error:
+        raise LostRank(
+            f"rank {identity.rank} of {identity.world_size}: the other ranks must come within {timeout_s:g} s. {str(error).splitlines()[0]}"
+        ) from error
     if identity.rank > 0:
         store.wait(["hcsdl/text"], timedelta(days=2))  # rank 0 may have many plates to look at first
         text = store.get("hcsdl/text").decode()

@@ -1,6 +1,6 @@
 """Start the ranks of one machine as children, watch them, and end with one exit code.
 
-Promises: ranks die with this process, however it ends; SIGTERM, SIGUSR1 and SIGINT reach every rank; when one rank ends badly the others
+Promises: ranks die with this process, however it ends; SIGTERM, SIGUSR1, SIGINT and SIGHUP reach every rank; when one rank ends badly the others
 are ended too; the code returned is the one the failing rank gave, or 5 where a rank was lost to a signal.
 """
 
@@ -19,7 +19,7 @@ from hcsdl.distributed.identity import OWN_LAUNCHER
 from hcsdl.machine.process import rank_environment
 
 LOST_RANK = 5
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 OUR_CODES = (1, 2, 3, 4, 5, 75)
 GRACE_S = 10.0  # a rank whose peer has failed gets this long to say what it saw; a guess
 
@@ -95,7 +95,7 @@ def verdict(failed: dict[int, int], stuck: Collection[int] = ()) -> tuple[int, s
         how = f"rank {min(stuck)} did not answer"
     else:
         return LOST_RANK, ""
-    return LOST_RANK, f"{how}; the other ranks were stopped. The last checkpoint is intact: start the same command again to go on."
+    return LOST_RANK, f"{how}; the other ranks were stopped. What was saved is intact: start the same command again to go on."
 
 
 class Stop(Exception):
@@ -105,13 +105,14 @@ class Stop(Exception):
 
 
 class Forwarder:
-    """While active, passes SIGTERM, SIGUSR1 and SIGINT on to the ranks; with no ranks yet, raises `Stop` instead."""
+    """While active, passes SIGTERM, SIGUSR1, SIGINT and SIGHUP on to the ranks; with no ranks yet, raises `Stop` instead."""
 
     def __init__(self) -> None:
         self.children: Sequence[subprocess.Popen] = ()
 
     def __enter__(self) -> Forwarder:
-        self._before = {s: signal.signal(s, self._pass_on) for s in STOP_SIGNALS}
+        # What is ignored stays so: nohup ignores SIGHUP, a shell's background jobs SIGINT.
+        self._before = {s: signal.signal(s, self._pass_on) for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import TextIO
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -26,6 +28,41 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+class Forgiving:
+    """A text stream that never raises when its reader has gone, its disk is full, or it has no letter for a character."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what was written."""
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+def forgive_standard_streams() -> None:
+    """Make standard output and error safe: what happens to a terminal or a pipe must not decide the fate of a training."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name) or open(number, "w", closefd=False)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+            setattr(sys, name, Forgiving(stream))
+
+
 @contextmanager
 def held_back_output() -> Iterator[None]:
     """Hold back what native libraries print (file descriptors 1 and 2) inside the context; it is shown only if the context raises."""
@@ -40,7 +77,8 @@ def held_back_output() -> Iterator[None]:
         except BaseException:
             _restore(kept)
             held.seek(0)
-            os.write(2, held.read())
+            with suppress(OSError):
+                os.write(2, held.read())
             raise
         _restore(kept)
 

@@ -72,7 +72,9 @@ class Index:
             "notes": list(self.notes),
         }
         _replace(path, lambda new: self.table.to_parquet(new, index=False))
-        _replace(path.with_suffix(".json"), lambda new: new.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n"))
+        _replace(
+            path.with_suffix(".json"), lambda new: new.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        )
         return path
 
 
@@ -86,7 +88,7 @@ def load_index(path: Path) -> Index:
     path = Path(path)
     path = path / "index.parquet" if path.is_dir() else path
     try:
-        about = json.loads(path.with_suffix(".json").read_text())
+        about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         table = pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise DataError(f"An index must be a parquet file with a .json beside it: {path} cannot be read ({error}).") from error

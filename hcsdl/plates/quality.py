@@ -102,9 +102,11 @@ def focus_slope(plane: np.ndarray) -> float:
     Screen 17:266) recommend as the sign of poor focus. As there, frequencies up to an eighth of the image's smaller side (waves of 8 px and
     more) enter the fit. Departures: the centred square is used, not the whole field; power is averaged over each ring of equal frequency,
     not summed (a sum is flatter by about 1); a Hann window keeps the image's edges from adding a cross to the spectrum, and for it the
-    fit starts at frequency 2, not 1. 0 for a constant image.
+    fit starts at frequency 2, not 1. 0 for a constant image, or one of fewer than 16 px a side.
     """
     side = min(plane.shape)
+    if side < 16:  # no frequencies to fit a line to
+        return 0.0
     top, left = (plane.shape[0] - side) // 2, (plane.shape[1] - side) // 2
     square = plane[top : top + side, left : left + side].astype(np.float32)
     square -= square.mean()

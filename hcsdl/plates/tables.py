@@ -84,7 +84,12 @@ def _read_csv(path: Path) -> pd.DataFrame:
     """Return a CSV file as text, every cell stripped; an empty cell is an empty text."""
     try:
         raw = pd.read_csv(
-            path, dtype=str, keep_default_na=False, skipinitialspace=True, compression="gzip" if path.name.lower().endswith(".gz") else None
+            path,
+            dtype=str,
+            index_col=False,
+            keep_default_na=False,
+            skipinitialspace=True,
+            compression="gzip" if path.name.lower().endswith(".gz") else None,
         )
     except (OSError, EOFError, ValueError, zlib.error) as error:  # pandas' parser errors and Unicode errors are ValueErrors
         raise DataError(f"A list must be a CSV file in UTF-8: {path} cannot be read ({' '.join(str(error).split())}).") from error
@@ -133,7 +138,7 @@ def _metadata(raw: pd.DataFrame, path: Path, channels: tuple[str, ...], notes: l
     table["Metadata_Concentration"] = _numbers(raw, path, "Image_Metadata_Concentration")
     table["Metadata_Replicate"] = 1
     if "Replicate" in raw:
-        table["Metadata_Replicate"] = _numbers(raw, path, "Replicate").astype(int)
+        table["Metadata_Replicate"] = _whole(raw, path, "Replicate")
     else:
         notes.append(f"{path.name} has no column Replicate: 1 is assumed for all {len(raw)} fields.")
     for channel in channels:
@@ -143,11 +148,20 @@ def _metadata(raw: pd.DataFrame, path: Path, channels: tuple[str, ...], notes: l
     return table
 
 
+def _whole(raw: pd.DataFrame, path: Path, name: str) -> pd.Series:
+    """Return a column of whole numbers as int64."""
+    values = _numbers(raw, path, name)
+    wrong = (values % 1 != 0) | (values.abs() > 2**31)
+    if wrong.any():
+        raise DataError(f"{name} of {path} must be whole numbers. {_rows(wrong)} {values[wrong].iloc[0]:g}.")
+    return values.astype("int64")
+
+
 def _sites(raw: pd.DataFrame, path: Path, table: pd.DataFrame, channel: str) -> pd.Series:
     """Return the number of each field within its well: from a column, or else from the file name."""
     for name in ("Image_Metadata_Site", f"Image_Metadata_Site_{channel}"):
         if name in raw:
-            return _numbers(raw, path, name).astype(int)
+            return _whole(raw, path, name)
     sites = table[f"Path_{channel}"].str.extract(SITE, expand=False)
     if sites.isna().any():
         raise DataError(

@@ -101,7 +101,7 @@ def _already_drawn(root: Path, told: dict) -> bool:
     for name in (MARKER, UNFINISHED):
         if (root / name).exists():
             try:
-                found = json.loads((root / name).read_text())
+                found = json.loads((root / name).read_text(encoding="utf-8"))
             except ValueError:
                 found = {}
             other = [key for key, value in told.items() if found.get(key) != value]
@@ -149,5 +149,5 @@ def _draw_and_write(root: Path, seed: int, effect: float, height: int, width: in
 
 def _write_text(path: Path, text: str) -> None:
     unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text)
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)

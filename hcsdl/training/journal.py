@@ -40,7 +40,7 @@ class Journal(Silence):
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder, self._every_s, self._steps_per_epoch = folder, every_s, steps_per_epoch
-        self._file = open(folder.journal, "a", buffering=1)
+        self._file = open(folder.journal, "a", buffering=1, encoding="utf-8")
         if folder.journal.stat().st_size and not folder.journal.read_bytes().endswith(b"\n"):
             self._file.write("\n")  # a crash has cut the last line
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
@@ -106,7 +106,7 @@ class Journal(Silence):
 def read_journal(path: Path) -> list[dict]:
     """Return the lines of a journal as dicts; a line cut short by a crash is left out."""
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:

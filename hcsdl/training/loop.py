@@ -103,9 +103,12 @@ def train(parts: Parts, state: State) -> State:
 
             finished = state.step == parts.total_steps
             evaluated = finished or _evaluation_due(parts, state.step)
+            saving = evaluated or outcome.save or outcome.stop or _every(parts.config.checkpoint_every_steps, state.step)
+            if saving:
+                _require_finite_weights(parts, state.step)
             if evaluated:
                 state.history.append(parts.evaluate(state))
-            if evaluated or outcome.save or outcome.stop or _every(parts.config.checkpoint_every_steps, state.step):
+            if saving:
                 parts.save(state)
                 saved = time.monotonic()
             if outcome.stop and not finished:
@@ -164,6 +167,15 @@ def _refuse(parts: Parts, batches: Sequence[MiniBatch], step: int, loss: float, 
         f"the loss and its gradient must be finite. At step {step} the {what} on {where}. The weights were not moved and the last checkpoint "
         "is intact; try a smaller training.learning_rate, training.clip_norm, or look at those fields."
     )
+
+
+def _require_finite_weights(parts: Parts, step: int) -> None:
+    """Raise NonFiniteLoss where a weight is not a number: such a network is neither scored nor saved. The same on every rank."""
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parts.model.parameters()):
+        raise NonFiniteLoss(
+            f"the weights must be finite. After step {step} they are not, with finite losses and gradients; they were not saved. "
+            "Try a smaller training.learning_rate or training.weight_decay."
+        )
 
 
 def _values(parts: Parts, outcome: Outcome, step: int, step_s: float, wait_s: float) -> dict:

@@ -86,7 +86,7 @@ class RunFolder:
 
     def _read_lock(self) -> dict:
         try:
-            return json.loads(self.lock.read_text() or "{}")
+            return json.loads(self.lock.read_text(encoding="utf-8") or "{}")
         except (OSError, ValueError):
             return {}
 

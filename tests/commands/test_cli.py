@@ -57,7 +57,7 @@ def test_every_field_is_documented(schema: type) -> None:
         (["train", "++training.new=3"], "training.new is not a setting"),
         (["train", "training.epochs=abc"], "training.epochs: Value 'abc'"),
         (["train", "training.epochs=0"], "training.epochs must be above 0. Got 0.0 instead."),
-        (["train", "training.epochs=nan"], "training.epochs must be a number"),
+        (["train", "training.epochs=nan"], "training.epochs must be a finite number"),
         (["train", "training.epochs=null"], "training.epochs"),
         (["train", "training.optimizer=adam"], "training.optimizer must be one of sgd, adamw, lars. Got 'adam' instead."),
         (["train", "data.crop_px=[4,64]"], "data.crop_px must be at least 8. Got 4 instead."),

@@ -88,6 +88,7 @@ BAD_SETTINGS = {
     ),
     "ranks that do not divide the batch": (["distributed.ranks=3"], 2, "must be a multiple of the number of ranks, 3"),
     "mini-batch that does not divide": (["distributed.ranks=1", "training.mini_batch_size=3"], 2, "training.mini_batch_size must divide"),
+    "a target that differs within a well": (["training.target=Site"], 2, "must be the same for all sites of a well"),
     "no such target": (["training.target=mood"], 2, "training.target must be one of"),
     "no such root": (["plates.root=/nowhere"], 3, "plates.root must be a folder"),
     "no such checkpoint": (["training.resume=/nowhere"], 2, "There is nothing at /nowhere"),
@@ -160,7 +161,9 @@ def test_a_finished_run_a_used_folder_and_another_configuration(tiny_plates: Pat
     # Another run may start from it, another model may not.
     onward = runs.train(tiny_plates, tmp_path / "onward", *words[:2], "training.epochs=2", f"training.resume={folder}")
     assert "resumed from step 8 of " in onward.stderr and runs.summary(tmp_path / "onward")["steps"] == 16
-    wider = runs.train(tiny_plates, tmp_path / "wider", *words, "model.width=0.5", f"training.resume={folder}", code=3)
+    wider = runs.train(
+        tiny_plates, tmp_path / "wider", *words[:2], "training.epochs=2", "model.width=0.5", f"training.resume={folder}", code=3
+    )
     assert "a checkpoint must be of the same model" in wider.stderr
 
 
