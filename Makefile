@@ -6,18 +6,19 @@ VENV := $(if $(filter native,$(STACK)),.venv-native,.venv)
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 PINS := requirements/common.txt requirements/$(STACK).txt
-# Everything an environment is made from; its checksum is in the stamp's name, so a change makes a new environment.
-MADE_FROM := $(PINS) setup.cfg pyproject.toml
-STAMP := $(VENV)/.made-$(shell { cat $(MADE_FROM); echo "$(TORCH_INDEX_URL)"; } | cksum | cut -d' ' -f1)
+# What an environment was made from stands in its stamps' names: other pins or another index make a new one, another setup.cfg installs the
+# package anew.
+PINNED := $(VENV)/.pins-$(shell { cat $(PINS); echo "$(TORCH_INDEX_URL)"; } | cksum | cut -d' ' -f1)
+INSTALLED := $(VENV)/.package-$(shell cat $(PINS) setup.cfg pyproject.toml | cksum | cut -d' ' -f1)
 # PyPI's torch is pinned with ===; PyTorch's own index carries the same version with a local label, which only == matches.
 INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 PLATES ?= plates/demo
 TESTS ?= tests
 
 .PHONY: env train test lint clean
-env: $(STAMP)
+env: $(INSTALLED)
 
-$(STAMP):
+$(PINNED):
 	@test -f requirements/$(STACK).txt || { echo "STACK must be xeon or native. Got $(STACK) instead."; exit 2; }
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 must be on PATH. Found neither; name one with PYTHON=…"; exit 2; }
 	@echo "making $(VENV) from $(PINS): a few minutes, once"
@@ -25,6 +26,9 @@ $(STAMP):
 	$(PYTHON) -m venv $(VENV)
 	cat $(PINS) | grep -v '^-r' | sed 's/===/$(if $(TORCH_INDEX_URL),==,===)/' > $(VENV)/requirements.txt
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -q $(INDEX) -r $(VENV)/requirements.txt
+	touch $@
+
+$(INSTALLED): $(PINNED)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
 	touch $@
 
