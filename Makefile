@@ -37,7 +37,7 @@ train: env
 	$(VENV)/bin/hcsdl train experiment=demo plates.root=$(PLATES)
 
 test: env
-	$(VENV)/bin/python -m pytest -n 2 $(if $(filter native,$(STACK)),-m "not xeon_only and not slow") $(TESTS)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(if $(filter native,$(STACK)),-m "not xeon_only and not slow") $(TESTS)
 
 lint: env
 	$(VENV)/bin/ruff check .

@@ -123,6 +123,8 @@ def _lines(report: dict) -> list[str]:
     if report["nothing_to_learn"]:
         lines.append(f"problem     {report['nothing_to_learn']}")
     verdict = "would break training: see the problems above" if report["breaks_training"] else "nothing found that would break training"
+    if report["level"] == "metadata" and not report["breaks_training"]:
+        verdict = "nothing found in the CSV files that would break training; images were not looked at"
     return [*lines, f"verdict     {verdict}"]
 
 

@@ -25,7 +25,8 @@ def overview() -> str:
 def command_help(name: str) -> str:
     """Return the text of `hcsdl <name> --help`: every field with type, default, unit and its line."""
     schema = COMMANDS[name]
-    lines = [f"usage: {USAGE.replace('<command>', name)}", "", (schema.__doc__ or "").splitlines()[0], ""]
+    usage = USAGE.replace("<command>", name)
+    lines = [f"usage: {usage if name == 'train' else usage.replace(' [-m]', '')}", "", (schema.__doc__ or "").splitlines()[0], ""]
     lines += [_options(name)] if _options(name) else []
     for title, owner in [("", schema), *_groups(schema)]:
         if title:

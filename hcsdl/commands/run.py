@@ -256,12 +256,11 @@ class Run:
             "well_macro_f1": wells.macro_f1,
         }
         plan = self.plan
-        beside = (
-            f" (baseline {plan.baseline_well_accuracy:.3f}, {plan.baseline_accuracy:.3f})" if plan.baseline_accuracy is not None else ""
-        )
+        both = (plan.baseline_well_accuracy, plan.baseline_accuracy)
+        of_wells, of_fields = (f" (baseline {value:.3f})" if value is not None else "" for value in both)
         leaky = ", LEAKY" if plan.leaky else ""
         self.journal.say(
-            f"epoch {found['epoch']:.2f}, step {state.step}: accuracy of wells {wells.accuracy:.3f}, of fields {fields.accuracy:.3f}{beside}, "
+            f"epoch {found['epoch']:.2f}, step {state.step}: accuracy of wells {wells.accuracy:.3f}{of_wells}, of fields {fields.accuracy:.3f}{of_fields}, "
             f"macro-F1 {fields.macro_f1:.3f}, held out by {self.config.plates.split}{leaky}"
         )
         self.journal.event("evaluation", state.step, {k: v for k, v in found.items() if k != "step"})

@@ -82,7 +82,10 @@ class Row:
 
 
 def print_table(folder: Path, jobs: int) -> list[int]:
-    """Print a line per job, the best metric first, failed and missing ones last; return the exit codes of the jobs that ran."""
+    """Print a line per job with what it does not share with all, the best metric first, failed and missing ones last.
+
+    Return the exit codes of the jobs that ran.
+    """
     rows, codes, metric = [], [], "well_accuracy"
     for number in range(jobs):
         result = folder / str(number) / RESULT
@@ -100,6 +103,12 @@ def print_table(folder: Path, jobs: int) -> list[int]:
         metric = values["metric"]
         leaky = " (leaky)" if values["leaky"] else ""
         rows.append(Row(str(number), values[metric], f"{values[metric]:.4f}{leaky}", overrides))
+    common = (
+        set.intersection(*(set(row.overrides.split()) for row in rows if row.overrides))
+        if len(rows) > 1 and any(r.overrides for r in rows)
+        else set()
+    )
+    rows = [dataclasses.replace(row, overrides=" ".join(word for word in row.overrides.split() if word not in common)) for row in rows]
     rows.sort(key=lambda row: -1.0 if row.value is None else row.value, reverse=True)
     print(f"\nsweep {folder}\n{'job':>4s}  {metric:20s} overrides")
     for row in rows:

@@ -5,6 +5,7 @@ In: the path of a run folder or checkpoint. Out: a `LoadedRun`. Nothing of the p
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from hcsdl.data.preprocessing import Preprocessing
 from hcsdl.data.reading import read_field
 from hcsdl.models import build_model
 from hcsdl.training.checkpoint import Checkpoint, find_checkpoint, load_model_state
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class LoadedRun:
 
         A plate that was not in the training plates is scaled by the values pooled over them. Raises DataError at an unreadable file.
         """
+        if plate not in self.preprocessing.plates:
+            log.warning(
+                "plate %s is not one of the run's: its intensities are scaled with the values of all the run's plates together.", plate
+            )
         image: np.ndarray = read_field([Path(path) for path in paths])
         return torch.from_numpy(self.preprocessing.apply(image, plate))[None]
 

@@ -11,7 +11,7 @@ import pytest
 
 from hcsdl.machine import cores
 from hcsdl.machine.memory import peak_rss_gib
-from hcsdl.machine.process import held_back_output, rank_environment
+from hcsdl.machine.process import rank_environment
 from tests.runs import alive
 
 pytestmark = pytest.mark.xeon_only
@@ -101,9 +101,3 @@ print('done')
     assert (calm.stdout, calm.stderr) == ("done\n", "")
     failed = subprocess.run([sys.executable, "-c", script, "fail"], capture_output=True, text=True, check=False)
     assert "noise" in failed.stderr and "more" in failed.stderr and failed.returncode == 1
-
-
-def test_held_back_output_is_given_back() -> None:
-    with held_back_output():
-        pass
-    os.write(1, b"")
