@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, List, Optional
 
 SPLITS = ("random_field", "random_well", "plate", "batch", "compound_folds")
+NORMALISATIONS = (
+    *("standardise_all", "standardise_control", "robust_all", "robust_control"),
+    *("sphere_pca", "sphere_zca", "tvn", "combat", "select"),
+)
 MODELS = ("resnet18", "resnet34", "resnet50", "mcnn")
 
 
@@ -80,6 +84,8 @@ class MachineConfig(Checked):
     """What we run on."""
 
     threads_per_rank: Optional[int] = option(None, "compute threads of each rank; null: the usable cores divided by the ranks", low=1)
+    spare_cores: int = option(0, "cores of each NUMA node left to loader and communication threads", low=0)
+    pin: bool = option(True, "bind each rank to its own cores and the memory next to them")
     allocator: str = option(
         "keep", "keep: glibc holds on to freed memory (about 1.5× faster); system: leave malloc alone", choices=("keep", "system")
     )
@@ -140,6 +146,7 @@ class DataConfig(Checked):
     on_bad_image: str = option(
         "raise", "raise: stop at an unreadable image; skip: leave the field out, count and list it", choices=("raise", "skip")
     )
+    stage: Optional[str] = option(None, "folder on the node's own disk; fields are copied there once and read from there; null: read plates.root")
     max_bad_fields: int = option(20, "more unreadable fields than this stop the run, with on_bad_image=skip", unit="fields", low=0)
 
 
@@ -172,9 +179,18 @@ class KernelsConfig(Checked):
 class DistributedConfig(Checked):
     """Many ranks, one model."""
 
-    backend: str = option("gloo", "collective communication library", choices=("gloo",))
+    backend: str = option(
+        "auto",
+        "collective communication library; auto: the faster of ccl (oneCCL) and gloo, timed at start; nccl: GPUs",
+        choices=("auto", "ccl", "gloo", "nccl"),
+    )
     ranks: Optional[int] = option(None, "ranks on this machine; null: one a NUMA node, two where there is one node of several cores", low=1)
+    interface: Optional[str] = option(None, "network interface the ranks talk over, e.g. ib0; null: the one the first rank's host is reached by")
+    bucket_mib: float = option(25.0, "gradients are averaged in buckets of this size while the backward pass goes on", unit="MiB", above=0, high=1e5)
+    gradient_dtype: str = option("fp32", "what gradients are sent as; bf16: half the bytes, rounded", choices=("fp32", "bf16"))
     timeout_s: float = option(600.0, "a collective or rendezvous that takes longer means a lost rank", unit="s", above=0, high=1e6)
+    silence_s: float = option(30.0, "a rank not heard of for so long is lost", unit="s", low=1, high=1e6)
+    max_restarts: int = option(0, "times the ranks are started again after one was lost, from the last checkpoint", low=0)
 
 
 @dataclass
@@ -218,6 +234,7 @@ class TrainingConfig(Checked):
         "what `best` means, and what a sweep's table is sorted by",
         choices=("well_accuracy", "val_accuracy", "val_macro_f1"),
     )
+    strict_budget: bool = option(False, "refuse to start what would outlast Slurm's time limit or the node's memory; false: warn")
     baseline: bool = option(True, "print a logistic regression on simple intensity features beside every figure")
 
 
@@ -237,6 +254,89 @@ class SimulateConfig(Checked):
     batches: Optional[int] = option(None, "batches of plates", low=1)
     plates_per_batch: Optional[int] = option(None, "plates a batch", low=1)
     workers: Optional[int] = option(None, "processes; null: the usable cores", low=1)
+
+
+@dataclass
+class BenchCommConfig(Checked):
+    """What `hcsdl bench comm` measures."""
+
+    output: Optional[str] = option(None, "folder for the results; null: a new one, bench/<date>_<time>_comm")
+    backends: List[str] = option(["gloo", "ccl"], "libraries to compare; one that cannot be used is listed with the reason", choices=("gloo", "ccl"))
+    operations: List[str] = option(["all_reduce"], "collectives", choices=("all_reduce", "broadcast", "all_gather"))
+    dtypes: List[str] = option(["fp32", "bf16"], "element types", choices=("fp32", "bf16"))
+    sizes_kib: List[int] = option(
+        [1, 8, 64, 1024, 8192, 25600, 102400, 262144], "sizes of the whole buffer", unit="KiB", low=1, high=2**24
+    )
+    rounds: int = option(10, "rounds; in each every size is timed 20 times (to 64 KiB), 5 times (to 4 MiB) or once", low=1)
+
+    @classmethod
+    def prefix(cls) -> str:
+        """Return what stands before a field's name in its key."""
+        return "bench."
+
+
+@dataclass
+class BenchScaleConfig(Checked):
+    """What `hcsdl bench scale` measures here, and the cluster it predicts."""
+
+    output: Optional[str] = option(None, "folder for the results; null: a new one, bench/<date>_<time>_scale")
+    models: List[str] = option(["resnet18", "mcnn"], "networks", choices=MODELS)
+    image_px: List[int] = option([1024, 1280], "rows and columns of a field", unit="px", low=32)
+    mini_batches: List[int] = option([1, 2], "fields a rank and step that are measured; the largest is verified", unit="fields", low=1)
+    rounds: int = option(3, "rounds of all measurements; medians over them are reported", low=1)
+    steps: int = option(2, "steps of each kind a round", unit="steps", low=1)
+    verify: bool = option(False, "also take real training steps over these ranks, interleaved, and compare")
+    nodes: List[int] = option([1, 2, 4, 8, 16], "nodes to predict", low=1)
+    ranks_per_node: Optional[int] = option(None, "ranks on each of them; null: as here", low=1)
+    cores_per_rank: Optional[int] = option(None, "cores of each rank; null: as many as threads here", low=1)
+    mini_batch: Optional[int] = option(None, "fields a rank and step to predict; null: the largest measured", unit="fields", low=1)
+    bandwidth_gbit_s: Optional[float] = option(None, "a node's link; null: measured, which takes ranks on two hosts", unit="Gbit/s", above=0)
+    latency_us: Optional[float] = option(None, "time of the shortest message between nodes; null with bandwidth null", unit="µs", above=0)
+    core_speed: List[float] = option([1.0], "speed of a core among cores_per_rank against one here: one value, or low and high", above=0)
+    network_efficiency: List[float] = option([1.0], "share of bandwidth_gbit_s that is reached: one value, or low and high", above=0, high=1)
+    images: int = option(10104, "fields of the training set whose time is predicted", unit="fields", low=1)
+    epochs: float = option(22.0, "passes over them", unit="epochs", above=0)
+
+    @classmethod
+    def prefix(cls) -> str:
+        """Return what stands before a field's name in its key."""
+        return "bench."
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.bandwidth_gbit_s is None) != (self.latency_us is None):
+            raise ConfigError("bench.bandwidth_gbit_s and bench.latency_us must be given together, or both be null. Got one of them.")
+        if len(self.core_speed) not in (1, 2) or len(self.core_speed) != len(self.network_efficiency):
+            raise ConfigError(
+                "bench.core_speed and bench.network_efficiency must both have one value, or both a low and a high one. "
+                f"Got {self.core_speed} and {self.network_efficiency}."
+            )
+        if len(self.image_px) != 2 or not self.mini_batches or not self.models or not self.nodes:
+            raise ConfigError("bench.image_px must be rows and columns, and bench.models, mini_batches and nodes must not be empty.")
+        if len(set(self.mini_batches)) == 1 and self.mini_batch not in (None, self.mini_batches[0]):
+            raise ConfigError(f"bench.mini_batch={self.mini_batch} can be predicted from two bench.mini_batches or itself. Got {self.mini_batches}.")
+
+
+@dataclass
+class ScoreConfig(Checked):
+    """How profiles are read, normalised and scored."""
+
+    output: Optional[str] = option(None, "folder for the results; null: a new one, scores/<date>_<time>")
+    names: List[str] = option([], "names of the tables; tables of one name are runs of one method; empty: taken from run folders and files")
+    control: str = option("DMSO", "compound name of the negative control")
+    columns: List[str] = option([], "Metadata_Plate:Its_Name pairs, for metadata columns of another name")
+    features: List[str] = option([], "beginnings of the feature columns; empty: Embedding_, else CellProfiler's compartments, else all other numbers")
+    query: Optional[str] = option(None, "pandas expression over the table's columns that selects rows; null: all")
+    pipeline: List[str] = option(
+        ["standardise_control"],
+        "normalisation steps, in turn, of the scores; the ladder of usual ones is always printed too",
+        choices=NORMALISATIONS,
+    )
+    regularisation: float = option(0.01, "share of the mean eigenvalue added to the controls' covariance before sphering and TVN", low=0, high=100)
+    target: Optional[str] = option(None, "metadata column that Prob_<class> predict; null: the one the classes' names occur in")
+    folds: bool = option(False, "the tables are the folds of plates.split=compound_folds: merge their held-out compounds")
+    draws: int = option(10_000, "draws of compounds for intervals and p-values", low=100, high=1_000_000)
+    null_size: int = option(10_000, "random rankings for the p-values of mean average precision", low=100, high=1_000_000)
 
 
 @dataclass
@@ -283,7 +383,74 @@ class SimulateCommand(Command):
     simulate: SimulateConfig = field(default_factory=SimulateConfig)
 
 
-COMMANDS = {"simulate": SimulateCommand, "check": CheckCommand, "train": TrainCommand}
+@dataclass
+class CheckMachineCommand(Command):
+    """Look at this machine before training: cores, bf16, libraries, network, limits, and the ranks that would be started."""
+
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+
+@dataclass
+class BenchCommCommand(Command):
+    """Measure latency and bandwidth of the collectives between the ranks, through each backend."""
+
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    bench: BenchCommConfig = field(default_factory=BenchCommConfig)
+
+
+@dataclass
+class BenchScaleCommand(Command):
+    """Predict images/s, efficiency and time to train on a cluster, from measurements made here."""
+
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    bench: BenchScaleConfig = field(default_factory=BenchScaleConfig)
+
+
+@dataclass
+class SweepCommand(Checked):
+    """Print the table of a sweep as it stands: finished runs by their metric, failed and missing ones."""
+
+    folder: Optional[str] = option(None, "the sweep's folder: multirun/<job> of slurm/sweep.sbatch, multirun/<date>_<time> of `train -m`")
+
+
+@dataclass
+class ScoreCommand(Command):
+    """Score profile tables: mechanisms of action by nearest neighbour, with intervals, baselines and comparisons."""
+
+    profiles: Any = option(None, "profile table, CSV or parquet, or several as [a,b]; the first is compared with the others")
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(isinstance(path, str) and path for path in self.tables):
+            raise ConfigError(f"profiles must be a file, or several as [a,b]. Got {self.profiles!r} instead.")
+
+    @property
+    def tables(self) -> list[str]:
+        """Return the tables' paths, whether one or several were given; Hydra has no type for either."""
+        return [] if self.profiles is None else list(self.profiles) if isinstance(self.profiles, list) else [self.profiles]
+
+
+COMMANDS = {
+    "simulate": SimulateCommand,
+    "check": CheckCommand,
+    "check machine": CheckMachineCommand,
+    "train": TrainCommand,
+    "sweep": SweepCommand,
+    "score": ScoreCommand,
+    "bench comm": BenchCommCommand,
+    "bench scale": BenchScaleCommand,
+}  # the order of `hcsdl --help`; a command of two words lives in conf/<first>_<second>.yaml and commands/<first>_<second>.py
+
+
+def file_name(command: str) -> str:
+    """Return the name a command's YAML file and module have."""
+    return command.replace(" ", "_")
 
 
 def register() -> None:
@@ -291,4 +458,4 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
 
     for name, schema in COMMANDS.items():
-        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+        ConfigStore.instance().store(name=f"{file_name(name)}_schema", node=schema)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from hcsdl.commands.compose import compose_command, to_yaml
 from hcsdl.commands.help import command_help, overview
-from hcsdl.config import COMMANDS, ConfigError
+from hcsdl.config import COMMANDS, ConfigError, file_name
 from hcsdl.machine.process import forgive_standard_streams
 
 
@@ -46,6 +46,8 @@ def _run(words: list[str]) -> int:
             raise ConfigError(f"a command must come first, one of {', '.join(COMMANDS)}. Got {rest[0]!r} instead.")
         print(overview())
         return 0
+    if rest and f"{command} {rest[0]}" in COMMANDS:
+        command, rest = f"{command} {rest[0]}", rest[1:]
     if command not in COMMANDS:
         raise ConfigError(f"the command must be one of {', '.join(COMMANDS)}. Got {command!r} instead.")
     flags, overrides = _split(rest)
@@ -62,7 +64,7 @@ def _run(words: list[str]) -> int:
     if "cfg" in flags:
         print(to_yaml(config), end="")
         return 0
-    return importlib.import_module(f"hcsdl.commands.{command}").run(config)
+    return importlib.import_module(f"hcsdl.commands.{file_name(command)}").run(config)
 
 
 def _split(words: list[str]) -> tuple[set[str], list[str]]:

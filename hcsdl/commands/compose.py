@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from hcsdl.config import COMMANDS, ConfigError, register
+from hcsdl.config import COMMANDS, ConfigError, file_name, register
 
 
 def compose_command(name: str, overrides: Sequence[str]) -> object:
@@ -22,7 +22,7 @@ def compose_command(name: str, overrides: Sequence[str]) -> object:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("hcsdl.conf", version_base="1.3"):
-            composed = compose(name, overrides=list(overrides))
+            composed = compose(file_name(name), overrides=list(overrides))
         return resolve(composed, name)
     except ConfigError:
         raise
@@ -78,6 +78,12 @@ def known_keys(schema: type, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(default):
             keys += known_keys(default, f"{prefix}{item.name}.")
     return keys
+
+
+def settings(schema: type) -> list[str]:
+    """Return every dotted key of a command's schema that holds a value, groups left out."""
+    keys = known_keys(schema)
+    return [key for key in keys if not any(other.startswith(key + ".") for other in keys)]
 
 
 def one_line(error: Exception, command: str) -> str:

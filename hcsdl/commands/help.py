@@ -14,7 +14,7 @@ USAGE = "hcsdl <command> [key=value …] [-m] [--help] [--cfg job]"
 def overview() -> str:
     """Return the text of `hcsdl --help`: the commands, a line each."""
     lines = [f"usage: {USAGE}", "", "commands:"]
-    lines += [f"  {name:10s} {(schema.__doc__ or '').splitlines()[0]}" for name, schema in COMMANDS.items()]
+    lines += [f"  {name:14s} {(schema.__doc__ or '').splitlines()[0]}" for name, schema in COMMANDS.items()]
     lines += [
         "",
         "`hcsdl <command> --help` lists its settings; `--cfg job` prints the resolved configuration; `-m` sweeps comma-separated values.",
@@ -58,7 +58,8 @@ def _groups(schema: type) -> list[tuple[str, type]]:
 
 def _field(key: str, item: dataclasses.Field, hint: object) -> list[str]:
     unit = f" {item.metadata['unit']}" if item.metadata["unit"] else ""
-    default = "null" if item.default is None else item.default if item.default is not dataclasses.MISSING else "[]"
+    value = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+    default = "null" if value is None else f"[{','.join(map(str, value))}]" if isinstance(value, list) else value
     choices = f" ({'|'.join(map(str, item.metadata['choices']))})" if item.metadata["choices"] else ""
     head = f"  {key}: {_type(hint)} = {default}{unit}"
     return [head, *textwrap.wrap(item.metadata["doc"] + choices, 110, initial_indent="      ", subsequent_indent="      ")]

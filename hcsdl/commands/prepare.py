@@ -21,7 +21,9 @@ from hcsdl.data.measure import breaks_training, measure_index
 from hcsdl.data.preprocessing import fit_preprocessing
 from hcsdl.data.reading import read_header
 from hcsdl.data.sampling import Sampler
-from hcsdl.machine.cores import default_ranks, numa_nodes, usable_cores
+from hcsdl.machine.cores import usable_cores
+from hcsdl.machine.placement import Place, default_ranks, plan_places
+from hcsdl.machine.topology import read_machine
 from hcsdl.plates.index import Index, cache_folder, find_images, read_index
 from hcsdl.plates.splits import LEAKY, describe, split_fields, target_column, target_labels
 from hcsdl.training.run_folder import SCHEMA_VERSION, RunFolder, write_json
@@ -60,20 +62,25 @@ def load_plan(path: Path) -> Plan:
     return Plan(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def ranks_and_threads(config: TrainCommand) -> tuple[int, int]:
-    """Return how many ranks to start here, and the threads of each. Raises ConfigError where the global batch cannot be shared evenly.
+def plan_ranks(config: TrainCommand) -> tuple[Place, ...]:
+    """Return the place of each rank to start here. Raises ConfigError where the global batch cannot be shared evenly.
 
     Unless asked for, ranks are one a NUMA node (two where there is one node of several cores), fewer where the batch needs it.
     """
-    cores, batch = usable_cores(), config.training.global_batch_size
+    machine, batch = read_machine(), config.training.global_batch_size
     ranks = config.distributed.ranks
     if ranks is None:
         mini = config.training.mini_batch_size
         ranks = next(
-            (r for r in range(default_ranks(cores, numa_nodes()), 0, -1) if batch % r == 0 and (not mini or batch // r % mini == 0)), 1
+            (
+                r
+                for r in range(default_ranks(machine, config.machine.spare_cores), 0, -1)
+                if batch % r == 0 and (not mini or batch // r % mini == 0)
+            ),
+            1,
         )
     check_batch(config, ranks)
-    return ranks, config.machine.threads_per_rank or max(1, cores // ranks)
+    return plan_places(machine, ranks, config.machine)
 
 
 def check_batch(config: TrainCommand, ranks: int) -> None:

@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 
 from hcsdl.config import TrainCommand
+from hcsdl.distributed.heartbeat import take_leave
 from hcsdl.distributed.identity import Identity, launcher_process, who_am_i
 from hcsdl.distributed.launcher import STOP_SIGNALS
+from hcsdl.machine.binding import affinity_kept
 from hcsdl.machine.memory import keep_freed_memory
 from hcsdl.machine.process import die_with_parent, forgive_standard_streams
 from hcsdl.training.run_folder import RunFolder
@@ -26,14 +28,14 @@ def main() -> int:
     """Be one rank, started by the launcher with the run folder as the only argument."""
     forgive_standard_streams()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return run_rank(Path(sys.argv[1]))
+    return run_rank(Path(sys.argv[1]), who_am_i())
 
 
-def run_rank(path: Path) -> int:
+def run_rank(path: Path, identity: Identity) -> int:
     """Train as the rank this process is; return the exit code. Every expected failure is one line."""
     die_with_parent(launcher_process())
     stop = StopFlag()
-    identity, folder = who_am_i(), RunFolder(path)
+    folder = RunFolder(path)
     folder.join()
     if identity.rank == 0 or identity.launcher != "own":  # our launcher has sent the other ranks' output there
         _log_into(folder.logs / f"rank{identity.rank}.log")
@@ -45,6 +47,7 @@ def run_rank(path: Path) -> int:
             log.exception("rank %d of %d failed", identity.rank, identity.world_size)
         elif identity.rank == 0 or code not in (2, 4, 75):  # what every rank would say alike, rank 0 says
             log.error("hcsdl: %s", error)
+        take_leave("" if code in (4, 75) else f"{error}" or type(error).__name__)  # 4 and 75 end all ranks alike
         _leave(code)
     _leave(0)
     return 0
@@ -88,7 +91,8 @@ def _train(identity: Identity, folder: RunFolder, stop: StopFlag) -> None:
     config: TrainCommand = from_yaml("train", folder.config.read_text(encoding="utf-8"))  # type: ignore[assignment]
     allocator = "glibc, freed memory kept" if config.machine.allocator == "keep" and keep_freed_memory() else "system"
 
-    from hcsdl.commands.run import Run  # torch is first imported here, after the allocator and the threads are set
+    with affinity_kept():
+        from hcsdl.commands.run import Run  # torch is first imported here, after the allocator and the threads are set
 
     run = Run(config, folder, identity, stop, allocator)
     try:

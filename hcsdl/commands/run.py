@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import platform
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,14 +20,19 @@ from hcsdl.config import ConfigError, DataError, TrainCommand
 from hcsdl.data.loading import EvalLoader, TrainLoader
 from hcsdl.data.preprocessing import Preprocessing, load_preprocessing
 from hcsdl.data.sampling import evaluation_rows
+from hcsdl.data.staging import Progress, stage_fields
 from hcsdl.distributed.group import Group
 from hcsdl.distributed.identity import Identity
+from hcsdl.distributed.launcher import Stop
 from hcsdl.kernels import choose_kernels
-from hcsdl.machine.cores import processor, usable_cores
+from hcsdl.machine.allocation import memory_limit_gib, this_job
+from hcsdl.machine.cores import processor
 from hcsdl.machine.memory import peak_rss_gib
+from hcsdl.machine.topology import read_machine
 from hcsdl.models import build_model
 from hcsdl.models.weights import load_weights
 from hcsdl.plates.index import load_index
+from hcsdl.training.budget import evaluations_left, loader_gib, objections, predict_s, prediction
 from hcsdl.training.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_model_state, load_newest, save_checkpoint
 from hcsdl.training.journal import Journal, Silence
 from hcsdl.training.loop import Parts, State, train
@@ -33,6 +40,7 @@ from hcsdl.training.objectives import build_objective
 from hcsdl.training.optimizers import build_optimizer
 from hcsdl.training.predict import buffers_swapped, predict
 from hcsdl.training.run_folder import SCHEMA_VERSION, RunFolder, write_atomically, write_json
+from hcsdl.training.step_time import probe
 from hcsdl.training.summary import git_commit, time_to_accuracy, versions
 
 if TYPE_CHECKING:
@@ -54,8 +62,6 @@ class Run:
         self.index = load_index(folder.path)
         self.group = Group(identity, config.distributed)
         self.kernels = choose_kernels(config.kernels.name)
-        if identity.launcher == "torchrun":  # which gives every rank one thread unless told otherwise
-            torch.set_num_threads(config.machine.threads_per_rank or max(1, usable_cores() // identity.local_world_size))
         self.threads = torch.get_num_threads()
         for what, value in (
             ("configuration", config_hash(config)),
@@ -64,6 +70,9 @@ class Run:
             ("kernels", self.kernels),
         ):
             self.group.check_equal(what, value)
+        if config.data.stage:
+            leads = identity.local_rank == 0
+            self.index = stage_fields(self.index, Path(config.data.stage), leads=leads, meet=self._meet(stop), say=self._say)
 
         checkpoint, foreign = self._find_checkpoint()
         self.group.check_equal("checkpoint", checkpoint and checkpoint.step)
@@ -124,9 +133,7 @@ class Run:
             if len(checkpoint.ranks) == self.group.world_size:
                 own = checkpoint.ranks[self.group.rank]
             else:
-                self._say(
-                    f"resuming on {self.group.world_size} ranks what {len(checkpoint.ranks)} began: same order and batch, equal to rounding."
-                )
+                self._say(self._other_ranks(len(checkpoint.ranks), model))
             self._say(f"resumed from step {checkpoint.step}" + (f" of {self.plan.resume_from}" if foreign else ""))
         self.bare, self.optimizer = self.kernels.prepare(model, optimizer)
         if own:
@@ -134,8 +141,18 @@ class Run:
                 for name, buffer in self.bare.named_buffers():
                     buffer.copy_(own["buffers"][name])
             torch.set_rng_state(own["torch_rng"])
+        self.group.choose_backend(self.bare, checkpoint.backend if checkpoint and own else "")
         self.model = self.group.wrap(self.bare)
         self.objective = build_objective(config.objective)
+
+    def _other_ranks(self, before: int, model: torch.nn.Module) -> str:
+        """Return what a resume on another number of ranks than `before` keeps: all but the fields that a batch normalisation sees together."""
+        config, now = self.config.training, self.group.world_size
+        text = f"resuming on {now} rank{'s' * (now > 1)} what {before} began: same order and batch, equal to rounding"
+        if config.mini_batch_size is None and any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
+            was, is_now = config.global_batch_size // before, config.global_batch_size // now
+            text += f" but for batch normalisation, over {is_now} fields of a rank now and {was} before"
+        return text + "."
 
     def _load_optimizer(self, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
         """Give `optimizer` a checkpoint's state; its settings stay this run's."""
@@ -152,6 +169,8 @@ class Run:
         if kernels.warning:
             self._say(f"warning: {kernels.warning}")
         self._say(f"kernels {kernels.name}, {kernels.precision} ({kernels.reason}); allocator: {self.allocator}; {processor()}")
+        if self.group.world_size > 1:
+            self._say(f"{self.group.world_size} ranks over {self.group.backend} ({self.group.backend_reason})")
         self._say(
             f"{self.plan.num_train_fields} fields to train on, {self.plan.num_val_fields} fields of {self.plan.num_wells_val} wells held out. {self.plan.split_sentence}"
         )
@@ -184,6 +203,15 @@ class Run:
             steps_per_epoch=self.steps_per_epoch,
         )
 
+    def _meet(self, stop: Callable[[], bool]) -> Callable[[Progress | None], list[Progress | None]]:
+        def meet(progress: Progress | None) -> list[Progress | None]:
+            told = self.group.all_gather_object((progress, stop()))
+            if any(asked for _, asked in told):
+                raise Stop("stopped by a signal before the first step; what was copied stays: start the same command again to go on.")
+            return [progress for progress, _ in told]
+
+        return meet
+
     def _say(self, text: str) -> None:
         if self.group.rank == 0:
             log.info("%s", text)
@@ -209,16 +237,47 @@ class Run:
 
     def train(self) -> None:
         """Run the loop to the last step."""
-        self.group.settle(self.model, self._throw_away_step)
+        found = probe(self.model, self.group, self._throw_away_pass)
+        share = self.config.training.global_batch_size // self.group.world_size
+        mini_batches = share // (self.config.training.mini_batch_size or share)
+        self.parts.clock.alone_s = mini_batches * found.alone_s if self.group.world_size > 1 else 0.0
+        self._check_budget((mini_batches - 1) * found.alone_s + found.together_s)
         train(self.parts, self.state)
         if not self.evaluated:  # a run that was ended between its last step and its summary
             self.last_scores = self.scores()
 
-    def _throw_away_step(self) -> None:
-        images = torch.zeros(2, len(self.plan.channels), *self.plan.image_size)
+    def _check_budget(self, step_s: float) -> None:
+        """Say when the run will end and what its fullest node will hold, a step taking `step_s`. Where a limit does not allow it, warn, or raise
+        ConfigError with training.strict_budget; the same on every rank."""
+        config, steps = self.config, self.total_steps - self.state.step
+        share = config.training.global_batch_size // self.group.world_size
+        mini = config.training.mini_batch_size or share
+        ready = max(config.data.prefetch, share // mini) + share // mini  # those of the step in use come on top
+        own_gib = peak_rss_gib() + loader_gib(ready, (mini, len(self.plan.channels), *self.plan.image_size))
+        job = this_job() if self.group.rank == 0 else None  # one question to Slurm, not one a rank
+        told = self.group.all_gather_object((platform.node(), own_gib, memory_limit_gib(read_machine().memory_bytes), job))
+        nodes = [
+            (sum(gib for node, gib, _, _ in told if node == name), min(limit for node, _, limit, _ in told if node == name))
+            for name in {node for node, *_ in told}
+        ]
+        peak_gib, limit_gib = max(nodes, key=lambda node: node[0] / node[1])
+        job = told[0][3]
+        evaluations = evaluations_left(self.state.step, self.total_steps, self.steps_per_epoch * config.training.validate_every_epochs)
+        needed_s = predict_s(step_s, steps, evaluations, self.plan.num_val_fields, config.training.global_batch_size)
+        now = datetime.now()
+        self.journal.say(prediction(steps, needed_s, now, peak_gib, limit_gib))
+        wrong = objections(needed_s, job.left_s, job.length_s, now, peak_gib, limit_gib)
+        if wrong and config.training.strict_budget:
+            raise ConfigError(f"training.strict_budget=true: {' '.join(wrong)}")
+        for text in wrong:
+            self.journal.say(f"warning: {text}")
+
+    def _throw_away_pass(self) -> None:
+        share = self.config.training.global_batch_size // self.group.world_size
+        images = torch.zeros(self.config.training.mini_batch_size or share, len(self.plan.channels), *self.plan.image_size)
         with self.kernels.autocast():
             logits = self.model(images)
-        self.objective.loss(logits, torch.zeros(2, dtype=torch.int64)).backward()
+        self.objective.loss(logits, torch.zeros(len(images), dtype=torch.int64)).backward()
 
     def scores(self) -> tuple[Scores, Scores] | None:
         """Return the scores of the held-out fields and of their wells, with batch-norm statistics averaged over the ranks; None but on rank 0."""
@@ -293,6 +352,7 @@ class Run:
                 config=to_yaml(self.config),
                 config_hash=config_hash(self.config),
                 index_hash=self.plan.index_hash,
+                backend=self.group.backend,
                 sampler={"step": state.step, "seed": self.config.seed} | self.sampler.describe(),
             ),
             self.folder.checkpoints,
@@ -330,6 +390,7 @@ class Run:
     def _summary(self, fields: Scores, wells: Scores, seconds: float, rss: float) -> dict:
         state, plan, config = self.state, self.plan, self.config
         timed = state.seconds_timed or math.nan
+        timed_steps = state.fields_timed // config.training.global_batch_size
         return {
             "schema_version": SCHEMA_VERSION,
             "name": config.name,
@@ -360,6 +421,7 @@ class Run:
             "image_size": plan.image_size,
             "images_per_s": state.fields_timed / timed,
             "data_wait_share": state.waited_s / timed,
+            "step_seconds": {name: value / max(1, timed_steps) for name, value in state.parts_s.items()},
             "epochs": state.step / self.steps_per_epoch,
             "steps": state.step,
             "planned_steps": self.planned_steps,
@@ -372,6 +434,8 @@ class Run:
             "threads_per_rank": self.threads,
             "global_batch_size": config.training.global_batch_size,
             "backend": self.group.backend,
+            "backend_reason": self.group.backend_reason,
+            "gradient_dtype": config.distributed.gradient_dtype,
             "kernels": self.kernels.name,
             "kernels_reason": self.kernels.reason,
             "precision": self.kernels.precision,

@@ -13,19 +13,24 @@ import shutil
 from datetime import datetime
 from pathlib import Path
 
-from hcsdl.commands.compose import from_yaml, to_yaml
-from hcsdl.commands.prepare import check_batch, prepare, ranks_and_threads
+from hcsdl.commands.compose import from_yaml, settings, to_yaml
+from hcsdl.commands.prepare import check_batch, plan_ranks, prepare
 from hcsdl.config import ConfigError, TrainCommand
-from hcsdl.distributed.identity import Identity, who_am_i
-from hcsdl.distributed.launcher import Forwarder, Stop, start_ranks, watch_ranks
+from hcsdl.distributed.identity import Identity, export_identity, unused_nodes, who_am_i
+from hcsdl.distributed.launcher import Forwarder, Stop, start_ranks, supervise
+from hcsdl.distributed.slurm import this_job
+from hcsdl.machine.binding import affinity_kept, on_cpus, own_place, take_place
 from hcsdl.training.run_folder import RunFolder, write_atomically
+from hcsdl.training.summary import versions
 
 log = logging.getLogger(__name__)
 
 # What may differ when a run goes on: where and how it runs, not what comes out.
 MAY_CHANGE = {
     "run_dir", "name", "machine.threads_per_rank", "machine.allocator", "plates.root", "plates.cache", "data.workers", "data.prefetch",
-    "model.checkpoint_activations", "distributed.backend", "distributed.ranks", "distributed.timeout_s", "training.resume",
+    "model.checkpoint_activations", "distributed.backend", "distributed.ranks", "distributed.interface", "distributed.bucket_mib",
+    "distributed.timeout_s", "distributed.silence_s", "distributed.max_restarts", "machine.pin", "machine.spare_cores", "data.stage",
+    "training.strict_budget", "training.resume",
     "training.max_steps", "training.checkpoint_every_s", "training.checkpoint_every_steps", "training.keep_checkpoints",
     "training.journal_every_s", "training.metric",
 }  # fmt: skip
@@ -34,20 +39,29 @@ MAY_CHANGE = {
 def run(config: TrainCommand) -> int:
     """Train, from the beginning or from where the run folder stands; return the exit code."""
     identity = who_am_i()
-    if identity.launcher == "torchrun":
+    if identity.launcher not in ("alone", "own"):
         return _run_as_rank(config, identity)
     if config.plates.root is None:
         raise ConfigError("plates.root must be given: the folder with the CSV files and the images. Got null instead.")
+    if unused_nodes():
+        log.warning("%d of this job's nodes stay idle: start the ranks of all nodes with srun, see slurm/train.sbatch.", unused_nodes())
     with Forwarder() as forwarder:
-        ranks, threads = ranks_and_threads(config)
+        places = plan_ranks(config)
         folder = open_run_folder(config)
         try:
             if finished(folder, config):
                 return 0
             prepare_run(config, folder)
+            ranks, threads = len(places), places[0].threads
             log.info("run folder %s: %d rank%s × %d thread%s", folder.path, ranks, "s" * (ranks > 1), threads, "s" * (threads > 1))
-            forwarder.children = start_ranks(["-m", "hcsdl.commands.rank", str(folder.path)], ranks, threads, folder.logs)
-            code, sentence = watch_ranks(forwarder.children)
+            code, sentence = supervise(
+                lambda: start_ranks(["-m", "hcsdl.commands.rank", str(folder.path)], places, folder.logs),
+                forwarder,
+                config.distributed.max_restarts,
+                config.distributed.silence_s,
+                saved=folder.last_saved,
+                renew=folder.renew,
+            )
             if code in (2, 3) and not any(folder.checkpoints.iterdir()):
                 folder.config.unlink()  # nothing was trained: the corrected command may use the folder
         except Stop as signal:
@@ -60,19 +74,31 @@ def run(config: TrainCommand) -> int:
 
 
 def _run_as_rank(config: TrainCommand, identity: Identity) -> int:
+    export_identity(identity)
+    place = own_place(identity.local_rank, identity.local_world_size, config.machine, identity.launcher)
+    log.info("%s: %s", identity, place)
+    all_cpus = take_place(place)
+    with affinity_kept():
+        from hcsdl.distributed.handout import hand_out  # imports torch
+
     from hcsdl.commands.rank import run_rank
-    from hcsdl.distributed.group import hand_out
 
     def compose_once() -> str:
         check_batch(config, identity.world_size)
         folder = open_run_folder(config)  # its lock is held as long as this process lives
         if finished(folder, config):
             return json.dumps({"finished": True})
-        prepare_run(config, folder)
+        with on_cpus(all_cpus):
+            prepare_run(config, folder)
         return json.dumps({"run_dir": str(folder.path.resolve())})
 
-    told = json.loads(hand_out(identity, compose_once, config.distributed.timeout_s))
-    return 0 if told.get("finished") else run_rank(Path(told["run_dir"]))
+    asked = {key: _value(config, key) for key in settings(type(config))} | {f"the version of {name}": text for name, text in versions().items()}
+    try:
+        with Forwarder():  # which has nobody to pass a signal on to: it raises Stop
+            told = json.loads(hand_out(identity, asked, compose_once, config.distributed.timeout_s))
+    except Stop as signal:
+        raise Stop(f"stopped by {signal} before the first step: start the same command again.") from signal
+    return 0 if told.get("finished") else run_rank(Path(told["run_dir"]), identity)
 
 
 def open_run_folder(config: TrainCommand) -> RunFolder:
@@ -82,8 +108,8 @@ def open_run_folder(config: TrainCommand) -> RunFolder:
     while config.run_dir is None and path.exists():  # two runs in one second
         path = path.with_name(f"{path.name.rsplit('~')[0]}~{number}")
         number += 1
-    folder = RunFolder(path)
-    folder.acquire()
+    folder, job = RunFolder(path), this_job()
+    folder.acquire((job.number, job.restarts) if job else ("", 0))
     return folder
 
 

@@ -6,6 +6,7 @@ lost, or a collective that outlasts `timeout_s`, raises `LostRank`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -14,48 +15,74 @@ import torch
 import torch.distributed as dist
 
 from hcsdl.config import ConfigError, DistributedConfig
+from hcsdl.distributed.backends import largest_bucket, missing, time_backends
+from hcsdl.distributed.compression import bf16_hook
+from hcsdl.distributed.heartbeat import Heartbeat, LostRank, take_leave, watch
 from hcsdl.distributed.identity import Identity
+from hcsdl.distributed.interfaces import use_interface
 from hcsdl.machine.process import held_back_output
-
-
-class LostRank(RuntimeError):
-    """Another rank ended or does not answer."""
-
-    exit_code = 5
 
 
 class Group:
     """The ranks of one run. With a world size of 1 every call returns at once and torch.distributed is not started."""
 
     def __init__(self, identity: Identity, config: DistributedConfig) -> None:
-        self.rank, self.world_size = identity.rank, identity.world_size
-        self.backend = config.backend if self.world_size > 1 else "none"
+        self.rank, self.world_size, self.host, self.config = identity.rank, identity.world_size, identity.host, config
+        self.backend, self.backend_reason = "none", "one rank"
         self._store = None
+        self._heart: Heartbeat | None = None
+        self._begun = 0  # collectives
+        self._reducing: dist.ProcessGroup | None = None  # what gradients go through; None: the group all else goes through
         if self.world_size > 1:
+            self.backend = "gloo" if config.backend == "auto" else config.backend  # with auto, until `choose_backend`
+            self.backend_reason = "as configured"
+            if missing(self.backend):
+                raise ConfigError(f"distributed.backend={self.backend} cannot be used: {missing(self.backend)}")
+            use_interface(config.interface, os.environ["MASTER_ADDR"])
             wait = timedelta(seconds=config.timeout_s)
             self._store, _, _ = self.guard("rendezvous", lambda: next(dist.rendezvous("env://", timeout=wait)))
             store = dist.PrefixStore("group", self._store)
+            self._heart = self.guard("heartbeat", lambda: watch(store, self.rank, self.world_size, config.silence_s))
             with held_back_output():
                 self.guard(
                     "start of the process group",
-                    lambda: dist.init_process_group(config.backend, store=store, rank=self.rank, world_size=self.world_size, timeout=wait),
+                    lambda: dist.init_process_group(self.backend, store=store, rank=self.rank, world_size=self.world_size, timeout=wait),
                 )
 
     def guard(self, what: str, call: Callable[[], Any]) -> Any:
         """Return `call()`; a RuntimeError in it, which is how backends report a dead peer or a time-out, becomes `LostRank`."""
         if self.world_size == 1:
             return call()
+        self._begun += 1
+        if self._heart:
+            self._heart.note(f"{what} #{self._begun}")
         try:
             return call()
-        except (RuntimeError, dist.DistError) as error:
+        except LostRank:
+            raise
+        except RuntimeError as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise LostRank(f"rank {self.rank} of {self.world_size}: {what} failed, so another rank is lost or stuck. {first}") from error
+            why = self._heart.blame() if self._heart else ""
+            why = why or f"another rank is lost or stuck. {first}"
+            raise LostRank(f"rank {self.rank} of {self.world_size}: {what} #{self._begun} failed: {why}") from error
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` (any shape, dtype) over the ranks, in place; return it."""
         if self.world_size > 1:
             self.guard("all_reduce", lambda: dist.all_reduce(tensor))
         return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return every rank's `tensor` (the same shape and dtype everywhere), stacked in rank order: (ranks, *shape)."""
+        if self.world_size == 1:
+            return tensor[None]
+        gathered = tensor.new_empty((self.world_size, *tensor.shape))
+        self.guard("all_gather", lambda: dist.all_gather(list(gathered), tensor))
+        return gathered
+
+    def largest(self, value: float) -> float:
+        """Return the largest of all ranks' values."""
+        return float(self.all_gather(torch.tensor([value], dtype=torch.float64)).max())
 
     def all_gather_object(self, value: Any) -> list:
         """Return every rank's `value`, in rank order."""
@@ -66,39 +93,73 @@ class Group:
         return values
 
     def check_equal(self, what: str, value: Any) -> None:
-        """Raise ConfigError naming both values where a rank's `value` differs from rank 0's."""
-        values = self.all_gather_object(value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                raise ConfigError(f"every rank must have the same {what}. Rank 0 has {values[0]!r}, rank {rank} has {other!r}.")
+        """Raise ConfigError naming both values, rank and host where a rank's `value` differs from rank 0's; of dicts, only what differs."""
+        found = self.all_gather_object((self.host, value))
+        host, first = found[0]
+        for rank, (other_host, other) in enumerate(found):
+            if other == first:
+                continue
+            if isinstance(first, dict) and isinstance(other, dict):
+                keys = [key for key in first | other if first.get(key) != other.get(key)]
+                first, other = ({key: one.get(key) for key in keys} for one in (first, other))
+            raise ConfigError(f"every rank must have the same {what}. Rank 0 on {host} has {first!r}, rank {rank} on {other_host} has {other!r}.")
+
+    def choose_backend(self, model: torch.nn.Module, before: str = "") -> None:
+        """With `distributed.backend=auto`, time all_reduces of the model's largest gradient bucket through gloo and oneCCL and keep the faster.
+
+        `before` is what the run went through until it was stopped: kept without timing, since another library adds in another order. What was
+        chosen and why stands in `backend` and `backend_reason`, the same on every rank. At most about 2 s.
+        """
+        if self.world_size == 1 or self.config.backend != "auto":
+            return
+        reasons = [reason for reason in self.all_gather_object(missing("ccl")) if reason]
+        if reasons:
+            self.backend_reason = f"ccl cannot be used: {reasons[0]}"
+            return
+        if before == "gloo":
+            self.backend_reason = "as before the resume"
+            return
+        wait = timedelta(seconds=self.config.timeout_s)
+        with held_back_output():
+            ccl = self.guard("start of oneCCL", lambda: dist.new_group(backend="ccl", timeout=wait))
+        if before == "ccl":
+            self.backend, self.backend_reason, self._reducing = "ccl", "as before the resume", ccl
+            return
+        dtype, num_bytes = torch.float32, largest_bucket(model, self.config.bucket_mib)
+        if self.config.gradient_dtype == "bf16":
+            dtype, num_bytes = torch.bfloat16, num_bytes // 2
+        size, seconds = self.guard(
+            "timing of the backends", lambda: time_backends({"gloo": None, "ccl": ccl}, num_bytes, dtype, self.largest)
+        )
+        if seconds["ccl"] < seconds["gloo"]:
+            self.backend, self._reducing = "ccl", ccl
+        else:
+            dist.destroy_process_group(ccl)
+        self.backend_reason = f"all_reduce of {size / 2**20:.1f} MiB {self.config.gradient_dtype}: " + ", ".join(
+            f"{name} {1000 * value:.1f} ms" for name, value in seconds.items()
+        )
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """Return the model under DistributedDataParallel (itself, for one rank); its gradients come out averaged over the ranks.
 
-        Buffers are not broadcast: each rank keeps its own batch-norm statistics, which `averaged_buffers` averages where they are used.
+        Gradients are views into the buckets they are sent in, rounded to bf16 on their way with `distributed.gradient_dtype=bf16`. Buffers are
+        not broadcast: each rank keeps its own batch-norm statistics, which `averaged_buffers` averages where they are used.
         """
         if self.world_size == 1:
             return model
-        return self.guard(
+        wrapped = self.guard(
             "DistributedDataParallel",
-            lambda: torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True),
+            lambda: torch.nn.parallel.DistributedDataParallel(
+                model,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                bucket_cap_mb=self.config.bucket_mib,
+                process_group=self._reducing,
+            ),
         )
-
-    def settle(self, model: torch.nn.Module, step: Callable[[], None]) -> None:
-        """Take one throw-away `step()` (forward and backward), so that DistributedDataParallel rebuilds its gradient buckets before the first.
-
-        A resumed run would otherwise sum its first gradients in another layout than the run left alone: with three ranks or more another order
-        of additions, hence other bits. Buffers, gradients and random state are as before afterwards. Nothing to do for one or two ranks.
-        """
-        if self.world_size <= 2:
-            return
-        buffers, random = [b.detach().clone() for b in model.buffers()], torch.get_rng_state()
-        self.guard("averaging of the gradients", step)
-        with torch.no_grad():
-            for buffer, before in zip(model.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-        model.zero_grad(set_to_none=True)
-        torch.set_rng_state(random)
+        if self.config.gradient_dtype == "bf16":
+            wrapped.register_comm_hook(self._reducing, bf16_hook)
+        return wrapped
 
     def averaged_buffers(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return the model's floating-point buffers averaged over the ranks, by name; the model is left as it is.
@@ -113,33 +174,8 @@ class Group:
         return buffers
 
     def close(self) -> None:
-        """End the process group."""
+        """End the process group, once all ranks are ready to: who misses this one later misses nothing."""
         if self.world_size > 1:
+            self.all_reduce(torch.zeros(1))
+            take_leave()
             dist.destroy_process_group()
-
-
-def hand_out(identity: Identity, make: Callable[[], str], timeout_s: float) -> str:
-    """Return `make()`'s text on every rank: rank 0 calls it and passes the text on through the rendezvous store.
-
-    For launchers that start every rank with the user's own command line (torchrun). What `make` raises on rank 0 is raised there; the others
-    then exit quietly with the same kind of error.
-    """
-    try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-    except (RuntimeError, dist.DistError) as error:
-        raise LostRank(
-            f"rank {identity.rank} of {identity.world_size}: the other ranks must come within {timeout_s:g} s. {str(error).splitlines()[0]}"
-        ) from error
-    if identity.rank > 0:
-        store.wait(["hcsdl/text"], timedelta(days=2))  # rank 0 may have many plates to look at first
-        text = store.get("hcsdl/text").decode()
-        if text.startswith("!"):
-            raise SystemExit(int(text[1:]))
-        return text[1:]
-    try:
-        text = make()
-    except BaseException as error:
-        store.set("hcsdl/text", f"!{getattr(error, 'exit_code', 1)}")
-        raise
-    store.set("hcsdl/text", "=" + text)
-    return text

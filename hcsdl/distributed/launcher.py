@@ -1,4 +1,4 @@
-"""Start the ranks of one machine as children, watch them, and end with one exit code.
+"""Start the ranks of one machine as children, watch them, start them again where that helps, and end with one exit code.
 
 Promises: ranks die with this process, however it ends; SIGTERM, SIGUSR1, SIGINT and SIGHUP reach every rank; when one rank ends badly the others
 are ended too; the code returned is the one the failing rank gave, or 5 where a rank was lost to a signal.
@@ -6,42 +6,54 @@ are ended too; the code returned is the one the failing rank gave, or 5 where a 
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from hcsdl.distributed.identity import OWN_LAUNCHER
-from hcsdl.machine.process import rank_environment
+from hcsdl.machine.binding import place_environment, placed
+from hcsdl.machine.placement import Place
 
-LOST_RANK = 5
+log = logging.getLogger(__name__)
+
+LOST_RANK, STOPPED = 5, 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 OUR_CODES = (1, 2, 3, 4, 5, 75)
-GRACE_S = 10.0  # a rank whose peer has failed gets this long to say what it saw; a guess
+RESTARTED = (1, LOST_RANK)  # what another start may mend; not a bad setting, bad data, a loss that is no number, or a signal to stop
+FRUITLESS = 3  # starts in a row that saved nothing new make a crash loop; a guess
+GRACE_S = 10.0  # a rank that knows of its peer's failure gets this long to say what it saw; a guess
 
 
-def start_ranks(arguments: Sequence[str], ranks: int, threads: int, logs: Path) -> list[subprocess.Popen]:
-    """Start `ranks` times `python <arguments>`; rank 0 speaks on our terminal, the others into `logs/rank<i>.log`."""
+def start_ranks(arguments: Sequence[str], places: Sequence[Place], logs: Path) -> list[subprocess.Popen]:
+    """Start `python <arguments>` at each of `places`; rank 0 speaks on our terminal, the others into `logs/rank<i>.log`."""
     port = _free_port()
     children = []
     # A signal that comes before a rank can handle it waits in its mask, which it inherits and lifts when it can.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    for rank in range(ranks):
-        environment = rank_environment(threads) | {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            OWN_LAUNCHER: str(os.getpid()),
-        }
+    for rank, place in enumerate(places):
+        environment = (
+            os.environ
+            | place_environment(place)
+            | {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(len(places)),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(len(places)),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                OWN_LAUNCHER: str(os.getpid()),
+            }
+        )
         output = None if rank == 0 else open(logs / f"rank{rank}.log", "a")
-        children.append(subprocess.Popen([sys.executable, *arguments], env=environment, stdout=output, stderr=output))
+        with placed(place):
+            children.append(subprocess.Popen([sys.executable, *arguments], env=environment, stdout=output, stderr=output))
         if output:
             output.close()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -54,23 +66,55 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def watch_ranks(children: Sequence[subprocess.Popen]) -> tuple[int, str]:
+def supervise(
+    start: Callable[[], Sequence[subprocess.Popen]],
+    forwarder: Forwarder,
+    restarts: int,
+    silence_s: float,
+    saved: Callable[[], int],
+    renew: Callable[[], None],
+) -> tuple[int, str]:
+    """Start the ranks and watch them; where one was lost or crashed, start all again, at most `restarts` times; return as `watch_ranks` does.
+
+    `saved` returns the last step on disk, from which a start goes on; `renew` is called before each start but the first. There is none after a
+    signal to stop, nor after three starts in a row that have saved nothing new.
+    """
+    fruitless = 0
+    for restart in range(1, restarts + 2):
+        before = saved()
+        forwarder.adopt(start())
+        code, sentence = watch_ranks(forwarder.children, silence_s)
+        if code not in RESTARTED or forwarder.seen or restart > restarts:
+            break
+        fruitless = 0 if saved() > before else fruitless + 1
+        if fruitless == FRUITLESS:
+            log.error("hcsdl: %d starts in a row have saved nothing new: the ranks are not started again.", FRUITLESS)
+            break
+        why = sentence.partition(";")[0] or "a rank was lost" if code == LOST_RANK else "a rank failed"
+        log.warning("hcsdl: %s; starting the ranks again from step %d, restart %d of %d.", why, saved(), restart, restarts)
+        renew()
+    return code, sentence
+
+
+def watch_ranks(children: Sequence[subprocess.Popen], silence_s: float = 30.0) -> tuple[int, str]:
     """Wait until all ranks have ended; return the exit code and a sentence (empty when all went well, or rank 0 has said what is wrong).
 
-    A rank's own code (bad data, non-finite loss, …) goes before a lost peer's 5.
+    A rank's own code (bad data, non-finite loss, …) goes before a lost peer's 5. When one has ended badly the others get `silence_s` to find out
+    and `GRACE_S` to end; once one ends for the loss of another, `GRACE_S`. A rank that was asked to stop leaves the others to stop by themselves.
     """
     failed: dict[int, int] = {}
     stuck: set[int] = set()
-    deadline = None
+    deadline = math.inf
     while True:
         for rank, child in enumerate(children):
             code = child.poll()
             if code not in (None, 0) and rank not in failed and rank not in stuck:
                 failed[rank] = code
-                deadline = deadline or time.monotonic() + GRACE_S
+                if code != STOPPED:
+                    deadline = min(deadline, time.monotonic() + GRACE_S + (silence_s if code != LOST_RANK else 0))
         if all(child.returncode is not None for child in children):
             break
-        if deadline and time.monotonic() > deadline:
+        if time.monotonic() > deadline:
             for rank, child in enumerate(children):
                 if child.poll() is None:
                     stuck.add(rank)
@@ -89,13 +133,18 @@ def verdict(failed: dict[int, int], stuck: Collection[int] = ()) -> tuple[int, s
         return code, "" if 0 in own else f"rank {rank} ended the run with code {code}: logs/rank{rank}.log in the run folder says why."
     lost = {rank: code for rank, code in failed.items() if code != LOST_RANK}
     if lost:
-        rank, code = next(iter(lost.items()))
-        how = f"rank {rank} " + (f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}")
+        how = ", ".join(
+            f"rank {rank} " + (f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}")
+            for rank, code in sorted(lost.items())
+        )
     elif stuck:
         how = f"rank {min(stuck)} did not answer"
     else:
         return LOST_RANK, ""
-    return LOST_RANK, f"{how}; the other ranks were stopped. What was saved is intact: start the same command again to go on."
+    return (
+        LOST_RANK,
+        f"{how} on {socket.gethostname()}; the other ranks were stopped. What was saved is intact: start the same command again to go on.",
+    )
 
 
 class Stop(Exception):
@@ -109,6 +158,13 @@ class Forwarder:
 
     def __init__(self) -> None:
         self.children: Sequence[subprocess.Popen] = ()
+        self.seen = 0  # the last signal passed on
+
+    def adopt(self, children: Sequence[subprocess.Popen]) -> None:
+        """From now on pass signals on to `children`, one that came while they were started as well."""
+        self.children = children
+        if self.seen:
+            self._pass_on(self.seen, None)
 
     def __enter__(self) -> Forwarder:
         # What is ignored stays so: nohup ignores SIGHUP, a shell's background jobs SIGINT.
@@ -122,6 +178,7 @@ class Forwarder:
     def _pass_on(self, number: int, _frame: object) -> None:
         if not self.children:
             raise Stop(signal.Signals(number).name)
+        self.seen = number
         for child in self.children:
             if child.poll() is None:
                 child.send_signal(number)

@@ -1,4 +1,4 @@
-"""Processes: environment of a rank, dying with whoever started us, and libraries that talk too much."""
+"""Processes: dying with whoever started us, and libraries that talk too much."""
 
 from __future__ import annotations
 
@@ -13,12 +13,6 @@ from contextlib import contextmanager, suppress
 from typing import TextIO
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def rank_environment(threads: int) -> dict[str, str]:
-    """Return this process's environment with the settings a rank needs before any import: its compute threads."""
-    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-    return quiet | os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
 def die_with_parent(parent: int) -> None:

@@ -47,6 +47,7 @@ class Checkpoint:
     config: str
     config_hash: str
     index_hash: str
+    backend: str = ""
     sampler: dict = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 

@@ -49,13 +49,15 @@ class Journal(Silence):
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=terminal, mininterval=0.2 if terminal else 10, file=sys.stderr
         )
         self._due = 0.0
-        self._since: dict[str, float] = {"steps": 0, "fields": 0, "step_s": 0.0, "data_wait_s": 0.0}
+        self._since: dict[str, float] = dict.fromkeys(("steps", "fields", "step_s", "data_wait_s"), 0.0)
 
     def step(self, step: int, fields: int, values: dict[str, Any]) -> None:
-        """`values` holds loss, learning_rate, gradient_norm, step_s and data_wait_s of one step over `fields` fields."""
+        """`values` holds loss, learning_rate, gradient_norm, step_s, data_wait_s and the `seconds` of its parts of one step over `fields` fields."""
         since = self._since
         for name, value in (("steps", 1), ("fields", fields), ("step_s", values["step_s"]), ("data_wait_s", values["data_wait_s"])):
             since[name] += value
+        for name, value in values["seconds"].items():
+            since[name] = since.get(name, 0.0) + value
         rate = fields / values["step_s"]
         self._bar.set_description_str(f"epoch {step / self._steps_per_epoch:.2f}", refresh=False)
         share = since["data_wait_s"] / since["step_s"]
@@ -71,6 +73,7 @@ class Journal(Silence):
             "gradient_norm": values["gradient_norm"],
             "images_per_s": since["fields"] / since["step_s"],
             "step_s": since["step_s"] / since["steps"],
+            **{name: since[name] / since["steps"] for name in values["seconds"]},
             "data_wait_share": share,
             "peak_rss_gib": values["peak_rss_gib"],
         }

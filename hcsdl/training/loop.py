@@ -25,6 +25,7 @@ from hcsdl.machine.memory import peak_rss_gib
 from hcsdl.training.journal import Silence
 from hcsdl.training.objectives import Objective
 from hcsdl.training.schedules import learning_rate
+from hcsdl.training.step_time import StepClock, over_ranks
 
 
 class NonFiniteLoss(RuntimeError):
@@ -35,7 +36,7 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclass
 class State:
-    """Where a run stands: optimizer steps done, evaluations so far, seconds of training over all attempts, speed of this attempt."""
+    """Where a run stands: optimizer steps done, evaluations so far, seconds of training over all attempts, speed of this attempt and its parts."""
 
     step: int = 0
     history: list[dict] = field(default_factory=list)
@@ -43,6 +44,7 @@ class State:
     fields_timed: int = 0
     seconds_timed: float = 0.0
     waited_s: float = 0.0
+    parts_s: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -64,16 +66,18 @@ class Parts:
     total_steps: int
     schedule_steps: int
     steps_per_epoch: float
+    clock: StepClock = field(default_factory=StepClock)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One step as all ranks saw it: mean loss, gradient norm, and whether a rank was asked to stop or a checkpoint is due."""
+    """One step as all ranks saw it: mean loss, gradient norm, whether a rank was asked to stop or a checkpoint is due, seconds of its parts."""
 
     loss: float
     gradient_norm: float
     stop: bool
     save: bool
+    seconds: dict[str, float]
 
 
 def train(parts: Parts, state: State) -> State:
@@ -88,17 +92,18 @@ def train(parts: Parts, state: State) -> State:
         last = time.monotonic()
         waited_s = 0.0
         for batches in loader:
-            now = time.monotonic()
-            save_due = now - saved >= parts.config.checkpoint_every_s
+            wait_s, waited_s = loader.wait_s - waited_s, loader.wait_s
+            parts.clock.data_s = wait_s
+            save_due = time.monotonic() - saved >= parts.config.checkpoint_every_s
             outcome = train_step(parts, batches, state.step, save_due)
             step_s, last = time.monotonic() - last, time.monotonic()
-            wait_s, waited_s = loader.wait_s - waited_s, loader.wait_s
             state.step += 1
             state.elapsed_s = before_s + last - begun
             if state.step > settled:
                 state.fields_timed += parts.config.global_batch_size
                 state.seconds_timed += step_s
                 state.waited_s += wait_s
+                state.parts_s = {name: state.parts_s.get(name, 0.0) + value for name, value in outcome.seconds.items()}
             parts.journal.step(state.step, parts.config.global_batch_size, _values(parts, outcome, state.step, step_s, wait_s))
 
             finished = state.step == parts.total_steps
@@ -127,7 +132,8 @@ def train_step(parts: Parts, batches: Sequence[MiniBatch], step: int, save_due: 
     rate = learning_rate(step, parts.schedule_steps, parts.steps_per_epoch, parts.config)
     for group in parts.optimizer.param_groups:
         group["lr"] = rate
-    losses = []
+    clock, losses = parts.clock, []
+    clock.start()
     for number, batch in enumerate(batches, 1):
         alone = isinstance(parts.model, DistributedDataParallel) and number < len(batches)
         with parts.model.no_sync() if alone else nullcontext():
@@ -136,19 +142,22 @@ def train_step(parts: Parts, batches: Sequence[MiniBatch], step: int, save_due: 
             loss = parts.objective.loss(logits, batch.labels) / len(batches)
             parts.group.guard("averaging of the gradients", loss.backward)
         losses.append(loss.detach())
+    clock.passes_done()
+    own, norm = float(torch.stack(losses).sum()), gradient_norm(parts.model)
+    clock.norm_done()
     # One small collective a step carries what all ranks must agree on: the mean loss, and who saw trouble, a signal, a due checkpoint.
-    own = float(torch.stack(losses).sum())
-    norm = gradient_norm(parts.model)
-    seen = torch.tensor([own / parts.group.world_size, not math.isfinite(own), not math.isfinite(norm), parts.stop_asked(),
-                         save_due and parts.group.rank == 0], dtype=torch.float64)  # fmt: skip
-    loss, bad_loss, bad_norm, stop, save = parts.group.all_reduce(seen).tolist()
+    seen = [own, not math.isfinite(own), not math.isfinite(norm), parts.stop_asked(), save_due and parts.group.rank == 0, *clock.seconds()]
+    table = parts.group.all_gather(torch.tensor(seen, dtype=torch.float64))
+    clock.agreed()
+    loss, (bad_loss, bad_norm, stop, save) = float(table[:, 0].mean()), table[:, 1:5].sum(0).tolist()
     if bad_loss or bad_norm:
         _refuse(parts, batches, step, own, norm, bool(bad_loss))
     if parts.config.clip_norm is not None and norm > parts.config.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(parts.model.parameters(), parts.config.clip_norm, torch.tensor(norm))
     parts.optimizer.step()
     parts.optimizer.zero_grad(set_to_none=True)
-    return Outcome(loss, norm, stop > 0, save > 0)
+    clock.step_done()
+    return Outcome(loss, norm, stop > 0, save > 0, over_ranks(table[:, 5:]))
 
 
 def gradient_norm(model: torch.nn.Module) -> float:
@@ -186,6 +195,7 @@ def _values(parts: Parts, outcome: Outcome, step: int, step_s: float, wait_s: fl
         "step_s": step_s,
         "data_wait_s": wait_s,
         "peak_rss_gib": round(peak_rss_gib(), 3),
+        "seconds": outcome.seconds,
     }
 
 

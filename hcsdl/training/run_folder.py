@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import math
 import os
 import socket
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from hcsdl.config import ConfigError
 
+log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 
 
@@ -35,9 +37,13 @@ class RunFolder:
         self.preprocessing, self.lock = self.path / "preprocessing.npz", self.path / "lock"
         self.attempt = 0
         self._held: int | None = None
+        self._job = ("", 0)
 
-    def acquire(self) -> int:
+    def acquire(self, job: tuple[str, int] = ("", 0)) -> int:
         """Make the folder if need be and become its only writer until `release` or our end; return the attempt number, from 1.
+
+        `job` is the cluster job we run in and how often it was started again. A job takes the folder over from its own earlier start: the host of that
+        may be gone without having given its lock back, and if it is not, it may no longer save.
 
         Raises ConfigError where another process on any host holds it, where the folder is something else, or cannot be written.
         """
@@ -53,24 +59,38 @@ class RunFolder:
             raise ConfigError(f"run_dir must be writable. {error.strerror}: {error.filename}; name another, or mend its rights.") from error
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(held)
+        except BlockingIOError as error:
             who = self._read_lock()
-            raise ConfigError(
-                f"one run at a time may write a run folder. {self.path} is in use by process {who.get('process')} on {who.get('host')}; "
-                "wait for it, stop it, or name another run_dir."
-            ) from error
-        self._held = held
+            if not job[0] or who.get("job") != job[0] or who["restarts"] >= job[1]:
+                os.close(held)
+                raise ConfigError(
+                    f"one run at a time may write a run folder. {self.path} is in use by process {who.get('process')} on {who.get('host')}; "
+                    "wait for it, stop it, or name another run_dir."
+                ) from error
+            log.warning("%s is taken over from this job's earlier start on %s.", self.path, who.get("host"))
+        except OSError as error:
+            log.warning("%s has no file locks (%s): make sure that no other run writes into it.", self.path, error.strerror)
+        self._held, self._job = held, job
+        return self.renew()
+
+    def renew(self) -> int:
+        """As the folder's only writer: begin the next attempt; return its number."""
+        assert self._held is not None
         self.attempt = self._read_lock().get("attempt", 0) + 1
-        text = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "attempt": self.attempt})
-        os.ftruncate(held, 0)
-        os.pwrite(held, text.encode(), 0)
-        os.fsync(held)
+        who = {"host": socket.gethostname(), "process": os.getpid(), "job": self._job[0], "restarts": self._job[1]}
+        text = json.dumps(who | {"attempt": self.attempt})
+        os.ftruncate(self._held, 0)
+        os.pwrite(self._held, text.encode(), 0)
+        os.fsync(self._held)
         return self.attempt
 
     def join(self) -> None:
         """As a rank of the run that holds the folder: take over its attempt number."""
         self.attempt = self._read_lock().get("attempt", 0)
+
+    def last_saved(self) -> int:
+        """Return the step of the newest checkpoint, 0 where there is none."""
+        return max((int(path.stem.removeprefix("step-")) for path in self.checkpoints.glob("step-*.pt")), default=0)
 
     def check_newest(self) -> None:
         """Raise ConfigError where a newer attempt has taken the folder over: whoever calls this must not save."""

@@ -22,7 +22,7 @@ def test_help_lists_every_command_with_a_line(capsys: pytest.CaptureFixture) -> 
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     for name, schema in COMMANDS.items():
-        assert f"{name:10s} {schema.__doc__.splitlines()[0]}" in out
+        assert f"{name:14s} {schema.__doc__.splitlines()[0]}" in out
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -50,7 +50,7 @@ def test_every_field_is_documented(schema: type) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["trian"], "the command must be one of simulate, check, train"),
+        (["trian"], "the command must be one of simulate, check, check machine, train"),
         (["training.epochs=3"], "a command must come first"),
         (["train", "training.epochz=3"], "Did you mean training.epochs?"),
         (["train", "+new=3"], "new is not a setting of `hcsdl train`"),

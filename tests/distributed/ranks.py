@@ -1,4 +1,4 @@
-"""Run a function of a test module on several real ranks, as child processes that meet over gloo."""
+"""Run a function of a test module on several real ranks, as child processes that meet over gloo or another backend."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hcsdl.distributed.identity import who_am_i
 import torch
 torch.set_num_threads(1)
 module, name = sys.argv[1].rsplit(".", 1)
-group = Group(who_am_i(), DistributedConfig(timeout_s=float(sys.argv[2])))
+group = Group(who_am_i(), DistributedConfig(backend=sys.argv[3], timeout_s=float(sys.argv[2])))
 try:
     value = getattr(importlib.import_module(module), name)(group)
 except Exception as error:
@@ -28,7 +28,7 @@ os._exit(0)
 """
 
 
-def on_ranks(function: object, world_size: int, timeout_s: float = 60) -> list[dict]:
+def on_ranks(function: object, world_size: int, timeout_s: float = 60, backend: str = "gloo") -> list[dict]:
     """Return what `function(group)` gave on each rank, as {"value": …} or {"error": …, "text": …}; {} for a rank that died."""
     port = str(_free_port())
     name = f"{function.__module__}.{function.__name__}"  # type: ignore[attr-defined]
@@ -43,7 +43,11 @@ def on_ranks(function: object, world_size: int, timeout_s: float = 60) -> list[d
         }
         ranks.append(
             subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, name, str(timeout_s)], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                [sys.executable, "-c", SCRIPT, name, str(timeout_s), backend],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
             )
         )
     said = [rank.communicate(timeout=120)[0].strip() for rank in ranks]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from hcsdl.config import DistributedConfig
 from hcsdl.distributed.group import Group
 from hcsdl.distributed.identity import Identity
+from hcsdl.training.step_time import probe
 from tests.distributed.ranks import on_ranks
 
 
@@ -45,7 +47,17 @@ def unequal(group: Group) -> None:
 def test_a_difference_between_ranks_is_told_on_all_of_them() -> None:
     for one in on_ranks(unequal, 2):
         assert one["error"] == "ConfigError"
-        assert "Rank 0 has 'ipex', rank 1 has 'native'" in one["text"]
+        host = socket.gethostname()
+        assert f"Rank 0 on {host} has 'ipex', rank 1 on {host} has 'native'" in one["text"]
+
+
+def unequal_versions(group: Group) -> None:
+    group.check_equal("versions", {"torch": "2.8.0", "numpy": "2.4.0" if group.rank == 0 else "2.3.0"})
+
+
+def test_of_many_values_only_those_that_differ_are_told() -> None:
+    for one in on_ranks(unequal_versions, 2):
+        assert "has {'numpy': '2.4.0'}, rank 1" in one["text"] and "torch" not in one["text"]
 
 
 def peer_dies(group: Group) -> None:
@@ -78,7 +90,7 @@ def gradients(group: Group) -> dict:
     images = torch.arange(24, dtype=torch.float32).reshape(6, 4).sin()
     before = [b.clone() for b in model.buffers()]
     torch.manual_seed(5)
-    group.settle(wrapped, lambda: wrapped(images).sum().backward())
+    found = probe(wrapped, group, lambda: wrapped(images).sum().backward())
     settled = all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True)) and all(
         p.grad is None for p in model.parameters()
     )
@@ -91,6 +103,7 @@ def gradients(group: Group) -> dict:
     alone(images).pow(2).mean().backward()
     return {
         "settled": settled,
+        "probe": [found.alone_s, found.together_s],
         "far": max(float((a - p.grad).abs().max()) for a, p in zip(shared, model.parameters(), strict=True)),
         "next": torch.rand(1).item(),
     }
@@ -99,10 +112,14 @@ def gradients(group: Group) -> dict:
 def test_gradients_are_those_of_the_joined_batch() -> None:
     torch.manual_seed(5)
     expected = torch.rand(1).item()
-    for one in on_ranks(gradients, 3):
+    told = on_ranks(gradients, 3)
+    for one in told:
         assert one["value"]["far"] < 1e-6
-        assert one["value"]["settled"], "the throw-away step must leave no trace"
-        assert one["value"]["next"] == expected, "the throw-away step must not move the random state"
+        assert one["value"]["settled"], "the throw-away passes must leave no trace"
+        assert min(one["value"]["probe"]) > 0 and one["value"]["probe"] == told[0]["value"]["probe"], (
+            "all ranks know the slowest one's times"
+        )
+        assert one["value"]["next"] == expected, "the throw-away passes must not move the random state"
 
 
 def test_one_rank_needs_no_process_group() -> None:

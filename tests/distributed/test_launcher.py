@@ -1,47 +1,26 @@
-"""Who a rank is, and what the launcher says when ranks end."""
+"""What the launcher does and says when ranks end."""
 
 from __future__ import annotations
 
+import signal
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from hcsdl.config import ConfigError
-from hcsdl.distributed.identity import Identity, who_am_i
-from hcsdl.distributed.launcher import start_ranks, verdict, watch_ranks
+from hcsdl.distributed.launcher import Forwarder, start_ranks, supervise, verdict, watch_ranks
+from hcsdl.machine.placement import Place
 
 pytestmark = pytest.mark.xeon_only
-WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-
-
-def test_alone_without_variables() -> None:
-    assert who_am_i({"PATH": "/bin"}) == Identity(0, 1, 0, 1, "alone")
-
-
-def test_own_launcher_and_torchrun() -> None:
-    assert who_am_i(WHOLE) == Identity(1, 2, 1, 2, "torchrun")
-    assert who_am_i(WHOLE | {"HCSDL_LAUNCHER_PID": "7"}).launcher == "own"
-
-
-@pytest.mark.parametrize("missing", ["WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "RANK"])
-def test_a_half_set_environment_names_what_is_missing(missing: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{missing} is missing"):
-        who_am_i({k: v for k, v in WHOLE.items() if k != missing})
-
-
-@pytest.mark.parametrize(
-    ("change", "said"), [({"RANK": "2"}, "RANK must be below WORLD_SIZE"), ({"RANK": "one"}, "RANK must be a whole number")]
-)
-def test_impossible_numbers(change: dict, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        who_am_i(WHOLE | change)
 
 
 @pytest.mark.parametrize(
     ("failed", "code", "said"),
     [
         ({}, 0, ""),
-        ({1: -9}, 5, "rank 1 was killed by SIGKILL"),
+        ({1: -9}, 5, f"rank 1 was killed by SIGKILL on {socket.gethostname()}"),
+        ({2: -9, 1: 5, 3: 5, 0: -9}, 5, "rank 0 was killed by SIGKILL, rank 2 was killed by SIGKILL"),
         ({1: -9, 0: 5}, 5, "rank 1 was killed by SIGKILL"),
         ({0: 5, 1: -9}, 5, "rank 1 was killed by SIGKILL"),
         ({0: 5, 1: 3}, 3, "logs/rank1.log"),
@@ -59,8 +38,71 @@ def test_verdict(failed: dict, code: int, said: str) -> None:
 def test_a_failing_rank_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hcsdl.distributed.launcher.GRACE_S", 0.2)
     script = "import os, sys, time; print(os.environ['OMP_NUM_THREADS'], flush=True); sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(100)"
-    children = start_ranks(["-c", script], ranks=2, threads=3, logs=tmp_path)
-    code, said = watch_ranks(children)
+    children = start_ranks(["-c", script], places(2, threads=3), logs=tmp_path)
+    code, said = watch_ranks(children, silence_s=0.1)
     assert code == 3 and "logs/rank1.log" in said
     assert [child.returncode for child in children] == [-9, 3]
     assert (tmp_path / "rank1.log").read_text() == "3\n"
+
+
+def test_a_rank_that_stops_at_a_signal_leaves_the_others_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hcsdl.distributed.launcher.GRACE_S", 0.1)
+    script = "import os, sys, time; time.sleep(1.0 if os.environ['RANK'] == '0' else 0); sys.exit(75)"
+    assert watch_ranks(start_ranks(["-c", script], places(2), logs=tmp_path), silence_s=0.1) == (75, "")
+
+
+def places(ranks: int, threads: int = 1) -> list[Place]:
+    return [Place(threads, (), bound=False)] * ranks
+
+
+class Starts:
+    """Starts one rank after the other that writes how many steps it has "saved" and ends with the next of `codes`."""
+
+    def __init__(self, folder: Path, codes: list[int], progress: bool = True) -> None:
+        self.folder, self.codes, self.progress, self.steps, self.attempts = folder, codes, progress, 0, 1
+
+    def __call__(self) -> list[subprocess.Popen]:
+        code = self.codes.pop(0)
+        self.steps += self.progress
+        return start_ranks(
+            ["-c", f"import os, signal; os.kill(os.getpid(), -{code}) if {code} < 0 else os._exit({code})"], places(1), self.folder
+        )
+
+    def supervised(self, restarts: int, forwarder: Forwarder | None = None) -> int:
+        """Return the exit code."""
+        return supervise(self, forwarder or Forwarder(), restarts, 1.0, saved=lambda: self.steps, renew=self.renew)[0]
+
+    def renew(self) -> None:
+        self.attempts += 1
+
+
+@pytest.mark.parametrize("code", [1, 5, -9])
+def test_lost_and_crashed_ranks_are_started_again(tmp_path: Path, code: int, caplog: pytest.LogCaptureFixture) -> None:
+    starts = Starts(tmp_path, [code, code, 0, 0])
+    assert starts.supervised(3) == 0
+    assert starts.attempts == 3 and len(starts.codes) == 1
+    assert "starting the ranks again from step 2, restart 2 of 3" in caplog.text
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, 75])
+def test_what_another_start_cannot_mend_is_not_started_again(tmp_path: Path, code: int) -> None:
+    starts = Starts(tmp_path, [code, 0])
+    assert starts.supervised(3) == code and starts.attempts == 1
+
+
+def test_restarts_are_counted(tmp_path: Path) -> None:
+    starts = Starts(tmp_path, [-9, -9, 0])
+    assert starts.supervised(1) == 5 and starts.attempts == 2
+
+
+def test_a_crash_loop_that_saves_nothing_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    starts = Starts(tmp_path, [1] * 10, progress=False)
+    assert starts.supervised(9) == 1
+    assert starts.attempts == 3 and "3 starts in a row have saved nothing new" in caplog.text
+
+
+def test_no_restart_after_a_signal_to_stop(tmp_path: Path) -> None:
+    forwarder = Forwarder()
+    starts = Starts(tmp_path, [-9, 0])
+    forwarder.seen = signal.SIGTERM
+    assert starts.supervised(3, forwarder) == 5 and starts.attempts == 1

@@ -11,7 +11,6 @@ import pytest
 
 from hcsdl.machine import cores
 from hcsdl.machine.memory import peak_rss_gib
-from hcsdl.machine.process import rank_environment
 from tests.runs import alive
 
 pytestmark = pytest.mark.xeon_only
@@ -27,27 +26,9 @@ def test_usable_cores_follow_the_affinity() -> None:
     assert 1 <= cores.usable_cores() <= len(allowed)
 
 
-def test_usable_cores_follow_the_quota_and_count_siblings_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    monkeypatch.setattr(cores, "_siblings", lambda cpu: str(cpu // 2))
-    monkeypatch.setattr(cores, "_cgroup_quota", lambda: float("inf"))
-    assert cores.usable_cores() == 8
-    monkeypatch.setattr(cores, "_cgroup_quota", lambda: 2.5)
-    assert cores.usable_cores() == 3
-
-
-@pytest.mark.parametrize(("count", "nodes", "ranks"), [(1, 1, 1), (2, 1, 2), (40, 1, 2), (40, 4, 4)])
-def test_default_ranks(count: int, nodes: int, ranks: int) -> None:
-    assert cores.default_ranks(count, nodes) == ranks
-
-
 def test_processor_names_its_bf16_instructions() -> None:
     named = cores.processor()
     assert all(flag.upper() in named for flag in cores.bf16_flags())
-
-
-def test_rank_environment_sets_the_threads() -> None:
-    assert rank_environment(3)["OMP_NUM_THREADS"] == "3"
 
 
 def test_freed_memory_is_kept_and_by_default_is_not() -> None:

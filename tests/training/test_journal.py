@@ -29,6 +29,7 @@ def values(step: int, step_s: float = 2.0, wait_s: float = 0.5) -> dict:
     """Return what the loop tells of a step."""
     return {
         "loss": 1 / step, "gradient_norm": 3.0, "learning_rate": 0.1 * step, "step_s": step_s, "data_wait_s": wait_s, "peak_rss_gib": 1.25,
+        "seconds": {"data_s": wait_s, "optimizer_max_s": 0.25 * step},
     }  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def test_lines_have_all_fields(tmp_path: Path) -> None:
     assert (start["event"], start["step"], start["resumed"]) == ("start", 0, False)
     assert (evaluation["event"], evaluation["step"], evaluation["well_accuracy"]) == ("evaluation", 1, 0.5)
     told = {"epoch": 0.25, "loss": 1.0, "learning_rate": 0.1, "gradient_norm": 3.0, "images_per_s": 4.0, "step_s": 2.0,
-            "data_wait_share": 0.25, "peak_rss_gib": 1.25}  # fmt: skip
+            "data_s": 0.5, "optimizer_max_s": 0.25, "data_wait_share": 0.25, "peak_rss_gib": 1.25}  # fmt: skip
     assert {name: value for name, value in step.items() if name not in ("schema_version", "attempt", "time")} == {
         "event": "step",
         "step": 1,
@@ -66,6 +67,7 @@ def test_every_step_is_counted_once_in_speed_and_waiting(tmp_path: Path) -> None
     first, last = read_journal(tmp_path / "journal.jsonl")
     assert (first["step"], first["data_wait_share"]) == (1, 1.0)
     assert (last["step"], last["data_wait_share"], last["step_s"], last["images_per_s"]) == (5, 0.25, 2.0, 4.0)
+    assert (last["data_s"], last["optimizer_max_s"]) == (0.5, 0.875), "means over the steps since the last line"
     assert last["loss"] == 0.2, "the loss is the last step's own"
 
 

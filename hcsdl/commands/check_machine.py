@@ -1,0 +1,95 @@
+"""`hcsdl check machine`: the ranks that would be started on this host, and whether it is fit to train on.
+
+In: a `CheckMachineCommand`. Out: lines on standard output; exit code 1 where something would hang, crash or crawl, with the remedy, else 0.
+Needs no plates. Started by srun or mpirun on many nodes, one process of each speaks.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from hcsdl.config import CheckMachineCommand
+from hcsdl.distributed.fabric import providers
+from hcsdl.distributed.identity import who_am_i
+from hcsdl.distributed.interfaces import interface_addresses
+from hcsdl.machine import facts, verdicts
+from hcsdl.machine.binding import bound_by_launcher, own_place
+from hcsdl.machine.cores import bf16_flags, processor
+from hcsdl.machine.placement import Place, default_ranks, plan_places
+from hcsdl.machine.topology import Machine, read_machine
+from hcsdl.machine.verdicts import Verdict
+
+
+def run(config: CheckMachineCommand) -> int:
+    """Print plan and verdicts; return 1 where there is a problem, else 0."""
+    identity, machine = who_am_i(), read_machine()
+    if identity.local_rank > 0:
+        return 0
+    if identity.launcher in ("alone", "own"):
+        ranks = config.distributed.ranks or default_ranks(machine, config.machine.spare_cores)
+        places = plan_places(machine, ranks, config.machine)
+    elif bound_by_launcher(identity.local_world_size, identity.launcher):
+        places = (own_place(0, identity.local_world_size, config.machine, identity.launcher),)
+    else:
+        places = plan_places(machine, identity.local_world_size, config.machine)
+    print(f"host    {identity.host}, {processor()}")
+    print(f"plan    {len(places)} rank{'s' * (len(places) > 1)} on {machine.usable_cores} cores, {machine.memory_bytes / 2**30:.1f} GiB")
+    for number, place in enumerate(places):
+        print(f"rank {number}  {place}")
+    found = judge(config, machine, places, identity.host)
+    print("\n".join(map(str, found)))
+    problems = sum(one.level == "PROBLEM" for one in found)
+    print(f"verdict {f'{problems} problem' + 's' * (problems > 1) + ': see above' if problems else 'fit to train on'}", flush=True)
+    return 1 if problems else 0
+
+
+def judge(config: CheckMachineCommand, machine: Machine, places: tuple[Place, ...], host: str) -> list[Verdict]:
+    """Return a verdict on everything that is known to make training hang, crash or crawl."""
+    backend, ranks = config.distributed.backend, len(places)
+    return [
+        verdicts.bf16(bf16_flags()),
+        verdicts.cores(machine, facts.online_cores()),
+        verdicts.numa(machine, places),
+        verdicts.threads(machine, places),
+        verdicts.load(facts.load_average(), machine, places),
+        verdicts.memory(machine.memory_bytes, ranks),
+        verdicts.pages(facts.huge_pages()),
+        verdicts.clock(facts.governor()),
+        verdicts.compiler(facts.compiler()),
+        verdicts.ipex(importlib.metadata.version("torch"), _version("intel-extension-for-pytorch"), config.kernels.name),
+        *_network(config, host),
+        verdicts.shared_memory(facts.shared_memory_bytes(), ranks, backend),
+        verdicts.open_files(facts.open_files_limit()),
+    ]
+
+
+def _network(config: CheckMachineCommand, host: str) -> list[Verdict]:
+    found = [] if config.distributed.backend == "gloo" else _oneccl(config.distributed.backend)
+    found += verdicts.network(facts.interfaces(), interface_addresses(), config.distributed)
+    return [*found, verdicts.host_name(host, facts.addresses_of(host), config.distributed.interface)]
+
+
+def _oneccl(backend: str) -> list[Verdict]:
+    try:
+        from hcsdl.distributed.oneccl import library  # imports torch
+    except (ImportError, OSError) as error:
+        return [Verdict("PROBLEM", "torch", f"does not import: {error}. Install it anew.")]
+    missing, folder = library.missing(), library.folder()
+    if missing or folder is None:
+        return [verdicts.oneccl(missing, backend)]
+    try:
+        working = providers(folder)
+    except OSError as error:
+        return [Verdict("PROBLEM", "fabric", f"{error}. Reinstall oneccl and impi-rt, or take distributed.backend=gloo.")]
+    return [
+        verdicts.oneccl("", backend),
+        verdicts.fabric(working, facts.fabric_devices()),
+        verdicts.locked_memory(facts.locked_memory_limit(), working),
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

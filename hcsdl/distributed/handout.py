@@ -1,0 +1,118 @@
+"""How ranks that were started with the user's own command line (torchrun, srun, mpirun) become one run: before anything else they compare what
+each was asked for, then rank 0 prepares the run and hands the others a text through the rendezvous store.
+
+In: an `Identity` and each rank's settings. Out: rank 0's text on every rank. A rank that does not come in time is named.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from hcsdl.config import ConfigError
+from hcsdl.distributed.heartbeat import LostRank
+from hcsdl.distributed.identity import Identity
+
+PREPARING = timedelta(days=2)  # rank 0 may have many plates to look at first
+HEARD_S = 10.0  # what ranks that wait for an answer have to read it; a guess
+_kept: list[dist.Store] = []  # rank 0's end of the store must outlive what the others read from it
+
+
+def hand_out(identity: Identity, asked: Mapping[str, object], make: Callable[[], str], timeout_s: float) -> str:
+    """Return `make()`'s text on every rank; rank 0 alone calls it.
+
+    Parameters
+    ----------
+    identity : who this rank is.
+    asked : this rank's settings and versions by name, plain values; they must be equal on all ranks.
+    make : prepares the run.
+    timeout_s : how long the ranks wait for each other; not for `make`.
+
+    Raises
+    ------
+    ConfigError : on every rank, where two ranks were asked for different things: keys, both values, ranks and hosts.
+    LostRank : where a rank does not come, or rank 0 goes away.
+    SystemExit : on the other ranks, with the exit code of what `make` raises on rank 0, where it is raised itself.
+    """
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        _kept.append(store)
+        store.set(f"hcsdl/asked/{identity.rank}", json.dumps({"host": identity.host, "asked": dict(asked)}))
+        if identity.rank == 0:
+            difference = compare([_asked(store, rank, identity, timeout_s) for rank in range(identity.world_size)])
+            store.set("hcsdl/difference", difference)
+        else:
+            store.wait(["hcsdl/difference"], timedelta(seconds=2 * timeout_s))
+            difference = store.get("hcsdl/difference").decode()
+    except (RuntimeError, dist.DistError) as error:
+        raise LostRank(f"{identity}: the other ranks must come within {timeout_s:g} s. {str(error).splitlines()[0]}") from error
+    if identity.rank > 0:
+        if difference:
+            store.add("hcsdl/heard", 1)
+            raise ConfigError(difference)
+        return _receive(store, identity)
+    try:
+        if difference:
+            raise ConfigError(difference)
+        text = make()
+        store.set("hcsdl/text", "=" + text)
+    except BaseException as error:
+        store.set("hcsdl/text", f"!{getattr(error, 'exit_code', 1)}")
+        raise
+    finally:
+        _until_heard(store, identity.world_size - 1)
+    return text
+
+
+def _receive(store: dist.Store, identity: Identity) -> str:
+    try:
+        store.wait(["hcsdl/text"], PREPARING)
+        text = store.get("hcsdl/text").decode()
+    except (RuntimeError, dist.DistError) as error:
+        raise LostRank(f"{identity}: rank 0 went away while it prepared the run. {str(error).splitlines()[0]}") from error
+    store.add("hcsdl/heard", 1)
+    if text.startswith("!"):
+        raise SystemExit(int(text[1:]))
+    return text[1:]
+
+
+def _until_heard(store: dist.Store, ranks: int) -> None:
+    """Wait until the other ranks have read what rank 0 wrote, or do not answer: with rank 0's process the store may go."""
+    limit = time.monotonic() + HEARD_S
+    while store.add("hcsdl/heard", 0) < ranks and time.monotonic() < limit:
+        time.sleep(0.01)
+
+
+def _asked(store: dist.Store, rank: int, identity: Identity, timeout_s: float) -> dict:
+    key = f"hcsdl/asked/{rank}"
+    try:
+        store.wait([key], timedelta(seconds=timeout_s))
+    except (RuntimeError, dist.DistError) as error:
+        raise LostRank(
+            f"{identity}: rank {rank} must come within {timeout_s:g} s. It did not: its log, or its launcher's, says why."
+        ) from error
+    return json.loads(store.get(key))
+
+
+def compare(asked: list[dict]) -> str:
+    """Return the first difference between what ranks were asked for, as a sentence with both values; empty without one.
+
+    `asked` holds {"host": name, "asked": {key: value}} of every rank.
+    """
+    first = asked[0]
+    for rank, other in enumerate(asked):
+        keys = [key for key in first["asked"] | other["asked"] if first["asked"].get(key) != other["asked"].get(key)]
+        if keys:
+            said = ", ".join(
+                f"{key} is {first['asked'].get(key)!r} on rank 0 ({first['host']}) and {other['asked'].get(key)!r} on rank {rank} ({other['host']})"
+                for key in keys[:3]
+            )
+            more = f" (+{len(keys) - 3} more)" if len(keys) > 3 else ""
+            return (
+                f"every rank must have the same settings and packages. {said}{more}; start all ranks with one command line and environment."
+            )
+    return ""

@@ -1,0 +1,139 @@
+"""A Slurm job from inside: which one we are, ranks over srun, signals passed on, going back into the queue.
+
+In: the environment that Slurm gives a batch script, and a rank's command line. Out: one exit code for all ranks. No torch.
+
+Slurm tells a job to end in three ways, and all of them finish the step and save: a signal to the batch script (`--signal=B:USR1@300` before the
+time limit, or by hand `scancel --batch --signal=USR1 <job>`), which is passed on to the ranks; SIGTERM to the ranks (preemption with a grace
+time); SIGTERM to everything (`scontrol requeue`, `scancel`), where the ranks have KillWait seconds (30 by default) before SIGKILL.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hcsdl.config import ConfigError
+from hcsdl.distributed.launcher import LOST_RANK, OUR_CODES, STOP_SIGNALS
+
+log = logging.getLogger(__name__)
+
+# Slurm's states of a job that has not ended, as `squeue -o %T` writes them.
+ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "REQUEUED", "REQUEUE_FED", "RESIZING", "SIGNALING", "STAGE_OUT"}  # fmt: skip
+EXITED = re.compile(rb"srun: error: .*?: tasks? [\d,\-]+: Exited with exit code (\d+)\n")
+STRAGGLERS_S = 180  # after the first rank has ended the others get this long; longer than silence and saving together, a guess
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job, or one element of an array: `number` is its own id, `name` what a person calls it (123, or 123_4)."""
+
+    number: str
+    name: str
+    restarts: int
+    array: str = ""
+    element: int = 0
+    elements: tuple[int, int, int] = (0, 0, 0)  # lowest, highest, how many
+
+
+def this_job(environment: Mapping[str, str] | None = None) -> Job | None:
+    """Return the job this process runs in; None outside Slurm."""
+    env = os.environ if environment is None else environment
+    number = env.get("SLURM_JOB_ID", "")
+    if not number:
+        return None
+    restarts = int(env.get("SLURM_RESTART_COUNT", 0))
+    if "SLURM_ARRAY_JOB_ID" not in env:
+        return Job(number, number, restarts)
+    array, element = env["SLURM_ARRAY_JOB_ID"], int(env["SLURM_ARRAY_TASK_ID"])
+    elements = tuple(int(env[f"SLURM_ARRAY_TASK_{what}"]) for what in ("MIN", "MAX", "COUNT"))
+    return Job(number, f"{array}_{element}", restarts, array, element, elements)  # type: ignore[arg-type]
+
+
+def batch_job() -> Job:
+    """Return the job whose batch script this process is. Raises ConfigError elsewhere."""
+    job = this_job()
+    if job is None:
+        raise ConfigError("slurm/*.sbatch must run as Slurm jobs. SLURM_JOB_ID is not set; submit them with sbatch.")
+    return job
+
+
+def run_tasks(command: Sequence[str]) -> int:
+    """Run `command` as every task of the job over srun; return one exit code: 0, the one a failing task gave, or 5 where one was lost.
+
+    SIGTERM, SIGUSR1, SIGINT and SIGHUP reach the tasks as SIGUSR1: srun itself kills its tasks at a SIGTERM. Cores are not bound by
+    Slurm: each rank binds itself (machine.pin).
+    """
+    asked: list[int] = []
+    running: list[subprocess.Popen] = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        asked.append(number)
+        for srun in running:
+            srun.send_signal(signal.SIGUSR1)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, pass_on)
+    options = ["--kill-on-bad-exit=0", f"--wait={STRAGGLERS_S}", "--cpu-bind=none"]
+    running.append(subprocess.Popen(["srun", *options, *command], stderr=subprocess.PIPE))
+    if asked:
+        running[0].send_signal(signal.SIGUSR1)
+    codes = _codes_said(running[0].stderr.fileno())  # type: ignore[union-attr]
+    code = running[0].wait()
+    own = [code for code in codes if code in OUR_CODES and code != LOST_RANK]
+    return own[0] if own else code if code in (0, *OUR_CODES) else LOST_RANK
+
+
+def _codes_said(pipe: int) -> list[int]:
+    """Pass on to our standard error what srun and its tasks say, until its end; return the tasks' exit codes among it, the first one first."""
+    codes: list[int] = []
+    before = b""
+    while chunk := os.read(pipe, 65536):
+        os.write(2, chunk)
+        before = before[-200:] + chunk
+        codes += [int(found) for found in EXITED.findall(before)]
+    return codes
+
+
+def state(number: str) -> str:
+    """Return a job's state in capitals, empty where Slurm does not know it or does not answer."""
+    return _ask("squeue", "--noheader", "--states=all", f"--jobs={number}", "--format=%T")[1]
+
+
+def states(array: str) -> dict[int, str] | None:
+    """Return what Slurm knows of an array's elements (0: the job itself, where it is none): state and reason, e.g. `PENDING Resources`.
+
+    None where Slurm does not answer. Some minutes after their end it has forgotten them.
+    """
+    code, said = _ask("squeue", "--noheader", "--array", "--states=all", f"--jobs={array}", "--format=%K %T %r")
+    if code and "Invalid job id" not in said:
+        return None
+    lines = [] if code else [line.split(maxsplit=1) for line in said.splitlines()]
+    return {int(element) if element.isdigit() else 0: told.removesuffix(" None") for element, told in lines}
+
+
+def still_going(told: dict[int, str] | None) -> bool:
+    """Return whether a job of `states` runs or will run by itself. One on hold does not; and Slurm's silence says nothing."""
+    return told is None or any(text.split()[0] in ALIVE and "held" not in text.lower() for text in told.values())
+
+
+def requeue(job: Job) -> bool:
+    """Send a running job back into the queue; return whether Slurm took it. A job that is being cancelled or requeued already is left alone."""
+    if state(job.number) != "RUNNING":
+        return False
+    code, said = _ask("scontrol", "requeue", job.number)
+    if code:
+        log.error("hcsdl: job %s could not be requeued: %s", job.name, said)
+    return code == 0
+
+
+def _ask(*words: str) -> tuple[int, str]:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return 1, str(error)
+    return done.returncode, (done.stdout + done.stderr).strip()

@@ -1,0 +1,1 @@
+"""Tables and journals → pictures and pages."""

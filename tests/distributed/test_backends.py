@@ -1,0 +1,94 @@
+"""What gradients go through: the choice of a backend, buckets, and gradients sent as bf16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hcsdl.config import ConfigError, DistributedConfig
+from hcsdl.distributed.backends import largest_bucket, missing, time_backends
+from hcsdl.distributed.group import Group
+from hcsdl.distributed.identity import Identity
+from tests.distributed.ranks import on_ranks
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(1)
+    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+
+
+def test_nccl_is_refused_with_the_reason() -> None:
+    with pytest.raises(ConfigError, match="distributed.backend=nccl cannot be used: .*hcsdl trains on processors"):
+        Group(Identity(0, 2, 0, 2, "torchrun"), DistributedConfig(backend="nccl"))
+
+
+@pytest.mark.parametrize("bucket_mib", [1e-5, 1e-4, 1.0])
+def test_the_largest_bucket_is_ddps(bucket_mib: float) -> None:
+    model = network()
+    parameters = list(reversed(list(model.parameters())))
+    buckets, _ = dist._compute_bucket_assignment_by_size(parameters, [max(1, int(bucket_mib * 2**20))])
+    expected = max(sum(parameters[i].numel() * 4 for i in bucket) for bucket in buckets)
+    assert largest_bucket(model, bucket_mib) == expected
+
+
+def choice(group: Group) -> dict:
+    group.choose_backend(network())
+    wrapped = group.wrap(network())
+    wrapped(torch.ones(3, 4)).sum().backward()
+    return {"backend": group.backend, "reason": group.backend_reason, "grad": float(next(wrapped.parameters()).grad.sum())}
+
+
+def test_auto_times_both_and_says_so_or_why_not() -> None:
+    first, second = (one["value"] for one in on_ranks(choice, 2, backend="auto"))
+    assert first == second, "every rank must choose alike"
+    if missing("ccl"):
+        assert first["backend"] == "gloo" and missing("ccl") in first["reason"]
+    else:
+        assert first["backend"] in ("gloo", "ccl")
+        assert "gloo" in first["reason"] and "ccl" in first["reason"] and "ms" in first["reason"]
+
+
+def kept(group: Group) -> dict:
+    group.choose_backend(network(), before="gloo")
+    return {"backend": group.backend, "reason": group.backend_reason}
+
+
+def test_a_resumed_run_keeps_its_backend() -> None:
+    for one in on_ranks(kept, 2, backend="auto"):
+        assert one["value"]["backend"] == "gloo"
+        assert missing("ccl") or one["value"]["reason"] == "as before the resume"
+
+
+def timed(group: Group) -> dict:
+    slow = dist.new_group(backend="gloo")
+    size, seconds = time_backends({"one": None, "other": slow}, 3 * 2**20, torch.float32, group.largest)
+    return {"size": size, "seconds": seconds}
+
+
+def test_timing_gives_every_rank_the_same_figures() -> None:
+    first, second = (one["value"] for one in on_ranks(timed, 2))
+    assert first == second
+    assert 2**20 <= first["size"] <= 3 * 2**20 and all(value > 0 for value in first["seconds"].values())
+
+
+def rounded(group: Group) -> dict:
+    images = torch.linspace(-1, 1, 24).reshape(6, 4).chunk(group.world_size)[group.rank]
+    gradients = {}
+    for dtype in ("fp32", "bf16"):
+        group.config.gradient_dtype = dtype
+        wrapped = group.wrap(network())
+        wrapped(images).pow(2).mean().backward()
+        gradients[dtype] = torch.cat([p.grad.flatten() for p in wrapped.parameters()])
+    exact, sent = gradients["fp32"], gradients["bf16"]
+    return {
+        "far": float(((sent - exact).abs() / exact.abs().amax()).max()),
+        "grad": sent.tolist(),
+        "bf16": bool((sent.bfloat16() == sent).all()),
+    }
+
+
+def test_gradients_sent_as_bf16_are_the_mean_to_rounding_and_alike_on_all_ranks() -> None:
+    first, second = (one["value"] for one in on_ranks(rounded, 2))
+    assert first["grad"] == second["grad"] and first["bf16"]
+    assert 0 < first["far"] < 2**-7, "rounded, by two roundings of 8 bits at most"

@@ -1,0 +1,53 @@
+"""Ranks that were started with a command line each become one run, or none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from hcsdl.distributed.handout import compare
+from hcsdl.distributed.launcher import _free_port
+from tests import runs
+
+
+def test_the_first_difference_is_told_with_both_values_ranks_and_hosts() -> None:
+    same = {"host": "n1", "asked": {"seed": 0, "data.crop_px": [8, 8], "the version of torch": "2.8.0"}}
+    assert compare([same, same | {"host": "n2"}]) == ""
+    other = {"host": "n2", "asked": same["asked"] | {"seed": 1, "the version of torch": "2.13.0"}}
+    said = compare([same, same, other])
+    assert "seed is 0 on rank 0 (n1) and 1 on rank 2 (n2)" in said
+    assert "the version of torch is '2.8.0' on rank 0 (n1) and '2.13.0' on rank 2 (n2)" in said
+    assert "the version of oneccl is None on rank 0" in compare(
+        [same, {"host": "n2", "asked": same["asked"] | {"the version of oneccl": "1"}}]
+    )
+
+
+def start(rank: int, port: int, *words: str) -> subprocess.Popen:
+    env = {
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    command = [sys.executable, "-m", "hcsdl", "train", *runs.TINY, *words]
+    return subprocess.Popen(command, env=runs.environment() | env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_ranks_asked_for_different_things_stop_before_anything_is_done(tmp_path: Path) -> None:
+    port, run = _free_port(), tmp_path / "run"
+    ranks = [start(rank, port, f"plates.root={tmp_path}", f"run_dir={run}", f"training.learning_rate=0.0{rank + 1}") for rank in range(2)]
+    for process in ranks:
+        _, said = process.communicate(timeout=100)
+        assert process.returncode == 2, said
+        assert said.count("training.learning_rate is 0.01 on rank 0 (") == 1 and "and 0.02 on rank 1 (" in said
+    assert not run.exists()
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+    words = [f"plates.root={tmp_path}", f"run_dir={tmp_path / 'run'}", "distributed.timeout_s=3"]
+    process = start(0, _free_port(), *words)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 5 and "rank 0 of 2 on" in said and "within 3 s" in said, said

@@ -1,0 +1,213 @@
+"""Ranks that fall silent, leave, stall or lose their store are found and named; ranks that end in peace are not."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from hcsdl.distributed.heartbeat import take_leave, watch
+
+SILENCE_S = 2.0
+HOST = os.uname().nodename
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["torch.distributed", __name__])
+
+
+def serve(line: Connection) -> None:
+    """Be the store of all ranks."""
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    line.send(store.port)
+    line.recv()
+
+
+def live(line: Connection, rank: int, world_size: int, port: int, log: Path) -> None:
+    """Be a rank: beat, obey what comes over `line`, and send every sentence about a loss."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    store = dist.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False, timeout=timedelta(seconds=60))
+    heart = watch(store, rank, world_size, SILENCE_S)
+    assert watch(store, rank, world_size) is heart
+    heart.on_lost(lambda sentence: line.send(f"lost: {sentence}"))
+    while True:
+        word, _, text = line.recv().partition(" ")
+        if word == "note":
+            heart.note(text)
+        elif word == "peers":
+            line.send(heart.peers())
+        elif word == "blame":
+            line.send(heart.blame())
+        elif word == "wait":  # in the connection the heartbeat was given
+            threading.Thread(target=lambda: store.wait(["never"], timedelta(seconds=300)), daemon=True).start()
+        elif word == "leave":
+            take_leave(text)
+            os._exit(0)
+
+
+class Ranks:
+    """A store in a process of its own and `world_size` ranks beside it, which have all heard of each other."""
+
+    def __init__(self, world_size: int, folder: Path) -> None:
+        self.folder, self.all = folder, []
+        self.store, line = self._start(serve)
+        port = line.recv()
+        self._line = line
+        started = [self._start(live, rank, world_size, port, folder / f"{rank}.log") for rank in range(world_size)]
+        self.processes, self.lines = [one[0] for one in started], [one[1] for one in started]
+        for rank in range(world_size):
+            self.peers(rank, lambda seen: len(seen) == world_size - 1)
+
+    def _start(self, role: object, *arguments: object) -> tuple[object, Connection]:
+        ours, theirs = processes.Pipe()
+        process = processes.Process(target=role, args=(theirs, *arguments), daemon=True)
+        process.start()
+        theirs.close()
+        self.all.append(process)
+        return process, ours
+
+    def peers(self, rank: int, seen: object) -> dict:
+        """Return what `rank` knows of the others, as soon as it fulfils `seen`."""
+        limit = time.monotonic() + 60
+        while True:
+            self.lines[rank].send("peers")
+            found = self.lines[rank].recv()
+            if seen(found):
+                return found
+            assert time.monotonic() < limit, found
+            time.sleep(0.02)
+
+    def ended(self, rank: int) -> tuple[int, list[str]]:
+        """Wait for rank `rank` to end by itself; return its exit code and what it has sent."""
+        self.processes[rank].join(60)
+        said = []
+        while self.lines[rank].poll():
+            try:
+                said.append(self.lines[rank].recv())
+            except EOFError:
+                break
+        return self.processes[rank].exitcode, said
+
+    def logged(self, rank: int) -> str:
+        """Return what rank `rank` has written on standard error."""
+        return (self.folder / f"{rank}.log").read_text()
+
+    def leave_in_peace(self, *ranks: int) -> None:
+        """Tell ranks to leave, and check that they do, and have missed nobody."""
+        for rank in ranks:
+            self.lines[rank].send("leave")
+        for rank in ranks:
+            assert self.ended(rank) == (0, [])
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[object]:
+    """`start(world_size)` gives ranks; what is left of them is killed."""
+    started: list[Ranks] = []
+
+    def one(world_size: int) -> Ranks:
+        started.append(Ranks(world_size, tmp_path))
+        return started[-1]
+
+    yield one
+    for ranks in started:
+        for process in ranks.all:
+            process.kill()
+            process.join()
+
+
+def test_everybody_knows_host_and_last_note_of_everybody(start: object) -> None:
+    three = start(3)
+    three.lines[1].send("note all_reduce #12 fp32 26214400 B")
+    assert three.peers(0, lambda seen: seen[1][1]) == {1: (HOST, "all_reduce #12 fp32 26214400 B"), 2: (HOST, "")}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stalled"])
+def test_silent_ranks_are_named_and_the_others_end_with_5(start: object, number: signal.Signals) -> None:
+    four = start(4)
+    for rank in (0, 2):
+        four.lines[rank].send(f"note all_reduce #{rank + 7}")
+    for rank in (1, 3):
+        four.peers(rank, lambda seen: seen[0][1] and seen[2][1])
+    for rank in (0, 2):
+        os.kill(four.processes[rank].pid, number)
+    for rank in (1, 3):
+        code, said = four.ended(rank)
+        assert code == 5 and len(said) == 1
+        for lost in (f"rank 0 on {HOST} (last collective heard of: all_reduce #7)", f"rank 2 on {HOST} (last collective heard of: all_reduce #9)"):
+            assert lost in said[0] and lost in four.logged(rank)
+        assert "rank 1" not in said[0] and "rank 3" not in said[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["gone", "stalled"])
+def test_a_store_that_is_gone_or_does_not_answer_is_rank_0_lost(start: object, number: signal.Signals) -> None:
+    two = start(2)
+    two.lines[1].send("wait")
+    os.kill(two.store.pid, number)
+    code, said = two.ended(1)
+    assert code == 5 and said[0].startswith(f"lost: rank 0 on {HOST}")
+    assert ("has closed the connection" if number == signal.SIGKILL else "has not answered for 2 s") in said[0]
+
+
+def test_a_wait_in_the_ranks_own_connection_does_not_silence_it(start: object) -> None:
+    two = start(2)
+    two.lines[1].send("wait")
+    time.sleep(2 * SILENCE_S)
+    two.leave_in_peace(0, 1)
+
+
+def test_a_rank_that_was_itself_suspended_accuses_nobody(start: object) -> None:
+    two = start(2)
+    both = [process.pid for process in two.processes]
+    for pid in both:  # nobody awake sees the other asleep
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(2 * SILENCE_S)
+    for pid in both:
+        os.kill(pid, signal.SIGCONT)
+    time.sleep(SILENCE_S)
+    two.leave_in_peace(0, 1)
+
+
+def test_a_rank_that_ended_in_peace_is_not_missed(start: object) -> None:
+    three = start(3)
+    three.leave_in_peace(1)
+    time.sleep(2 * SILENCE_S)
+    three.leave_in_peace(0, 2)
+
+
+def test_a_rank_that_leaves_in_trouble_is_the_others_reason(start: object) -> None:
+    three = start(3)
+    three.lines[2].send("leave images must be readable. plate/a.tif is not.")
+    for rank in (0, 1):
+        code, said = three.ended(rank)
+        assert code == 5
+        assert "rank 2 on" in said[0] and "has left the run: images must be readable. plate/a.tif is not." in said[0]
+
+
+def test_after_a_timeout_the_rank_that_did_not_come_as_far_is_to_blame(start: object) -> None:
+    two = start(2)
+    for rank, notes in enumerate((["all_reduce #1", "all_gather #2"], ["all_reduce #1"])):
+        for note in notes:
+            two.lines[rank].send(f"note {note}")
+        two.peers(1 - rank, lambda seen, rank=rank, note=notes[-1]: seen[rank][1] == note)
+    two.lines[0].send("blame")
+    told = f"rank 1 on {HOST} (last collective heard of: all_reduce #1) did not come as far as all_gather #2."
+    assert {two.lines[0].recv(), two.lines[0].recv()} == {told, f"lost: {told}"}
+    assert two.ended(1) == (5, [f"lost: {told}"])
+
+
+def test_nobody_is_to_blame_where_all_came_as_far(start: object) -> None:
+    two = start(2)
+    for rank in (0, 1):
+        two.lines[rank].send("note all_reduce #1")
+        two.peers(1 - rank, lambda seen, rank=rank: seen[rank][1])
+    two.lines[0].send("blame")
+    assert two.lines[0].recv() == ""
+    two.leave_in_peace(0, 1)

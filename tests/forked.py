@@ -1,0 +1,122 @@
+"""Real ranks at a fraction of their start: `hcsdl` run in processes forked from one that has done the imports.
+
+Each is a process of its own, with environment, host, output and exit code as if a launcher had started it; four seconds of imports are saved
+each time. What goes before a rank's `main` (entering another host, provoking a fault) is a function that runs in it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from hcsdl.distributed.launcher import _free_port
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["hcsdl.commands.run", "hcsdl.commands.train", "hcsdl.commands.rank", "torchmetrics", "tests.forked"])
+
+
+class Forked:
+    """A process with the part of `subprocess.Popen` that a launcher uses."""
+
+    def __init__(self, words: Sequence[str], environment: Mapping[str, str], output: Path, first: Callable[[], None]) -> None:
+        self.output = output
+        self._process = processes.Process(target=_be, args=(list(words), dict(environment), output, first), daemon=False)
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while the process runs."""
+        return self._process.exitcode
+
+    returncode = property(poll)
+
+    def wait(self, timeout: float) -> int:
+        """Return the exit code; fail where the process does not end in time."""
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, f"still running after {timeout} s\n{self.said()}"
+        return self._process.exitcode
+
+    def said(self) -> str:
+        """Return what the process has written on standard output and error."""
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal."""
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill and reap the process."""
+        self._process.kill()
+        self._process.join()
+
+
+def nothing() -> None:
+    """What goes first where nothing does."""
+
+
+def _be(words: list[str], environment: dict[str, str], output: Path, first: Callable[[], None]) -> None:
+    os.setsid()
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.dup2(2, 1)
+    os.environ |= environment
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    first()
+    if words[0] == "rank":
+        from hcsdl.commands.rank import main
+
+        sys.argv = words
+        sys.exit(main())
+    from hcsdl.commands.cli import main as command
+
+    sys.exit(command(words))
+
+
+def identity(rank: int, world_size: int, local_rank: int, local_world_size: int, address: str, port: int) -> dict[str, str]:
+    """Return the environment a launcher gives a rank."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(local_world_size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def start_ranks(words: Sequence[str], world_size: int, folder: Path, first: Mapping[int, Callable[[], None]] | None = None) -> list[Forked]:
+    """Start `hcsdl words…` as `world_size` ranks of one host; `folder` takes their output, `first` says what goes before `main` in which rank."""
+    port, first = _free_port(), first or {}
+    folder.mkdir(exist_ok=True)
+    return [
+        Forked(words, identity(rank, world_size, rank, world_size, "127.0.0.1", port), folder / f"{rank}.out", first.get(rank, nothing))
+        for rank in range(world_size)
+    ]
+
+
+def start_ranks_on(
+    hosts: Sequence, words: Sequence[str], per_host: int, folder: Path, first: Mapping[int, Callable[[], None]] | None = None
+) -> list[Forked]:
+    """Start the same as `per_host` ranks on each of `tests.namespaces`' hosts; rank 0 is on the first."""
+    ranks, first = [], first or {}
+    folder.mkdir(exist_ok=True)
+    for number, host in enumerate(hosts):
+        for local in range(per_host):
+            rank = number * per_host + local
+            environment = identity(rank, len(hosts) * per_host, local, per_host, hosts[0].address, 29500)
+            before = partial(_enter_then, host.holder.pid, first.get(rank, nothing))
+            ranks.append(Forked(words, environment, folder / f"{rank}.out", before))
+            host.processes.append(ranks[-1])
+    return ranks
+
+
+def _enter_then(holder: int, first: Callable[[], None]) -> None:
+    from tests.namespaces import enter
+
+    enter(holder)
+    first()

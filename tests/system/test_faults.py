@@ -1,0 +1,209 @@
+"""Whatever becomes of a rank, a node or a link: every other rank ends in time with code 5, says who is lost, and a restart goes on from the checkpoint.
+
+Ranks are started one by one, as srun or torchrun does, on one host or on two hosts in network namespaces, and beat often so that silence is short.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hcsdl.commands.compose import compose_command
+from hcsdl.commands.train import open_run_folder, prepare_run
+from hcsdl.distributed.launcher import Forwarder, supervise
+from hcsdl.training.checkpoint import list_checkpoints, load_newest
+from tests import runs
+from tests.forked import Forked, start_ranks, start_ranks_on
+from tests.namespaces import Host, two_hosts
+
+LIMIT_S = 60
+SILENCE_S = 3
+NO_CCL = not any(importlib.metadata.distributions(name="oneccl"))
+BACKENDS = ["gloo", pytest.param("ccl", marks=pytest.mark.skipif(NO_CCL, reason="oneccl is not installed"))]
+BEST = "gloo" if NO_CCL else "ccl"
+STEPS = 32
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[Host, Host]]:
+    with two_hosts() as both:
+        yield both
+
+
+def words(plates: Path, folder: Path, backend: str, *more: str) -> list[str]:
+    return ["train", *runs.TINY, f"plates.root={plates}", f"run_dir={folder}", f"distributed.backend={backend}", f"distributed.silence_s={SILENCE_S}",
+            "kernels=native", "training.epochs=4", "training.checkpoint_every_steps=1", *more]  # fmt: skip
+
+
+def undisturbed(plates: Path, backend: str, world_size: int, base: Path) -> str:
+    """Return the digest of the weights of the run left alone, on one host; trained once for all test processes."""
+    folder = base / f"undisturbed-{backend}-{world_size}"
+    with (base / "undisturbed.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "summary.json").exists():
+            for rank in start_ranks(words(plates, folder, backend), world_size, base / f"{folder.name}-output"):
+                assert rank.wait(200) == 0, rank.said()
+    assert runs.summary(folder)["steps"] == STEPS and runs.summary(folder)["world_size"] == world_size
+    return runs.digest(folder)
+
+
+@pytest.fixture
+def alone(tiny_plates: Path) -> Callable[[str, int], str]:
+    """`alone(backend, world_size)`: the digest of the undisturbed run's weights."""
+    return lambda backend, world_size: undisturbed(tiny_plates, backend, world_size, tiny_plates.parent)
+
+
+def wait_for_step(ranks: list[Forked], folder: Path, step: int) -> None:
+    limit = time.monotonic() + 150
+    while max((line["step"] for line in runs.journal(folder) if line["event"] == "checkpoint"), default=0) < step:
+        assert all(rank.poll() is None for rank in ranks), "\n".join(rank.said() for rank in ranks)
+        assert time.monotonic() < limit, "\n".join(rank.said() for rank in ranks)
+        time.sleep(0.01)
+
+
+def raise_at_step_5() -> None:
+    """Give this rank a bug."""
+    from hcsdl.training import loop
+
+    sound = loop.train_step
+
+    def train_step(parts: object, batches: object, step: int, save_due: bool) -> object:
+        if step == 5:
+            raise ValueError("a bug of this rank")
+        return sound(parts, batches, step, save_due)
+
+    loop.train_step = train_step
+
+
+FAULTS = {
+    "killed": lambda ranks, hosts: ranks[1].send_signal(signal.SIGKILL),
+    "raises": lambda ranks, hosts: None,
+    "stalls": lambda ranks, hosts: ranks[1].send_signal(signal.SIGSTOP),
+    "link down": lambda ranks, hosts: hosts[1].cut(),
+    "node gone": lambda ranks, hosts: hosts[1].vanish(),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_other_rank_ends_with_5_and_a_restart_gives_the_undisturbed_weights(
+    tiny_plates: Path, tmp_path: Path, hosts: tuple[Host, Host], alone: Callable, fault: str, backend: str
+) -> None:
+    expected = alone(backend, 2)
+    folder, said = tmp_path / "run", tmp_path / "output"
+    first = {1: raise_at_step_5} if fault == "raises" else {}
+    ranks = start_ranks_on(hosts, words(tiny_plates, folder, backend), 1, said, first)
+    wait_for_step(ranks, folder, 3)
+    FAULTS[fault](ranks, hosts)
+    assert ranks[0].wait(LIMIT_S) == 5, ranks[0].said()
+    assert "rank 1 on node-b (last collective heard of: a" in ranks[0].said()
+    if fault == "raises":
+        assert ranks[1].wait(LIMIT_S) == 1 and "has left the run: a bug of this rank" in ranks[0].said()
+    if fault == "link down":
+        assert ranks[1].wait(LIMIT_S) == 5 and "rank 0 on node-a (last collective heard of: a" in ranks[1].said()
+        hosts[1].mend()
+    ranks[1].kill()
+    assert 3 <= load_newest(list_checkpoints(folder / "checkpoints")).step < STEPS
+    if fault == "node gone":
+        hosts[1].mend()
+    ranks = start_ranks_on(hosts, words(tiny_plates, folder, backend), 1, said)
+    for rank in ranks:
+        assert rank.wait(150) == 0, rank.said()
+    assert runs.summary(folder)["resumed"] and runs.digest(folder) == expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_of_four_ranks_die_together_and_a_restart_gives_the_undisturbed_weights(
+    tiny_plates: Path, tmp_path: Path, alone: Callable, backend: str
+) -> None:
+    expected = alone(backend, 4)
+    folder, said = tmp_path / "run", tmp_path / "output"
+    ranks = start_ranks(words(tiny_plates, folder, backend), 4, said)
+    try:
+        wait_for_step(ranks, folder, 3)
+        for rank in (0, 2):
+            ranks[rank].send_signal(signal.SIGKILL)
+        for rank in (1, 3):
+            assert ranks[rank].wait(LIMIT_S) == 5, ranks[rank].said()
+            assert f"rank 0 on {os.uname().nodename} (last collective heard of: a" in ranks[rank].said()
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert 3 <= load_newest(list_checkpoints(folder / "checkpoints")).step < STEPS
+    for rank in start_ranks(words(tiny_plates, folder, backend), 4, said):
+        assert rank.wait(150) == 0, rank.said()
+    assert runs.digest(folder) == expected
+
+
+def test_ten_random_kills_over_one_training_leave_the_undisturbed_weights(tiny_plates: Path, tmp_path: Path, alone: Callable) -> None:
+    """The launcher's own loop; now one rank is killed, now the other, nine at steps of their own, one while it starts."""
+    expected = alone(BEST, 2)
+    config = compose_command("train", words(tiny_plates, tmp_path / "run", BEST)[1:])
+    folder = open_run_folder(config)
+    prepare_run(config, folder)
+    choose = random.Random(7)
+    steps = sorted(choose.sample(range(1, STEPS - 4), 9))
+    steps.insert(choose.randrange(3, 7), 0)
+    started: list[list[Forked]] = []
+
+    def start() -> list[Forked]:
+        ranks = start_ranks(["rank", str(folder.path)], 2, tmp_path / "output")
+        if len(started) < len(steps):
+            after = steps[len(started)] and max(steps[len(started)], folder.last_saved() + 1)
+            threading.Thread(target=kill, args=(choose.choice(ranks).pid, folder.attempt, after, choose.random())).start()
+        started.append(ranks)
+        return ranks
+
+    def kill(pid: int, attempt: int, after: int, delay_s: float) -> None:
+        while runs.last_step(folder.path, attempt) < after and runs.alive(pid):
+            time.sleep(0.01)
+        time.sleep(0.03 * delay_s if after else delay_s)
+        if runs.alive(pid):
+            os.kill(pid, signal.SIGKILL)
+
+    code, sentence = supervise(start, Forwarder(), 12, SILENCE_S, saved=folder.last_saved, renew=folder.renew)
+    folder.release()
+    assert (code, sentence) == (0, ""), started[-1][0].said()
+    assert len(started) == 11 and sum(rank.poll() == -signal.SIGKILL for ranks in started for rank in ranks) >= 10
+    assert runs.summary(folder.path)["attempts"] == 11
+    assert runs.digest(folder.path) == expected
+
+
+def test_the_own_launcher_starts_the_ranks_again(tiny_plates: Path, tmp_path: Path, alone: Callable) -> None:
+    expected = alone(BEST, 2)
+    folder = tmp_path / "run"
+    process = runs.start(*words(tiny_plates, folder, BEST), "distributed.ranks=2", "distributed.max_restarts=1")
+    runs.wait_for_step(process, folder, 3)
+    first = runs.children(process)
+    os.kill(first[1], signal.SIGKILL)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert f"rank 1 on {os.uname().nodename} (last collective heard of: a" in said
+    assert f"rank 1 was killed by SIGKILL on {os.uname().nodename}; starting the ranks again from step" in said and "restart 1 of 1" in said
+    assert runs.summary(folder)["attempts"] == 2 and runs.digest(folder) == expected
+    assert {line["attempt"] for line in runs.journal(folder)} == {1, 2}
+
+
+def test_torchrun_starts_the_ranks_again(tiny_plates: Path, tmp_path: Path, alone: Callable) -> None:
+    expected = alone(BEST, 2)
+    folder = tmp_path / "run"
+    agent = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "hcsdl", *words(tiny_plates, folder, BEST)],
+        env=runs.environment() | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    runs.wait_for_step(agent, folder, 3)
+    os.kill(runs.children(agent)[1], signal.SIGKILL)
+    _, said = agent.communicate(timeout=200)
+    assert agent.returncode == 0, said
+    assert runs.summary(folder)["resumed"] and runs.digest(folder) == expected

@@ -1,0 +1,207 @@
+"""Under a real Slurm of two nodes: a job is one training, however often it is stopped, and a sweep is one table."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import runs
+from tests.slurm_cluster import MISSING, PROJECT, Cluster, wait_until
+
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"Slurm is not installed here: no {MISSING}")
+
+TRAIN, SWEEP = PROJECT / "slurm" / "train.sbatch", PROJECT / "slurm" / "sweep.sbatch"
+WORDS = [*runs.TINY, "kernels=native", "training.checkpoint_every_steps=1", "training.epochs=2"]
+OVER = "distributed.backend=gloo"
+TWO_NODES, ONE_NODE = ["--nodes=2", "--ntasks-per-node=1"], ["--nodes=1", "--ntasks-per-node=2"]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Cluster() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_plates: Path) -> str:
+    """Digest of the weights that two ranks on one machine end with, without Slurm; trained once for all test processes."""
+    folder = tiny_plates.parent / "undisturbed"
+    with open(tiny_plates.parent / "undisturbed.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "summary.json").exists():
+            runs.run("train", *WORDS, f"plates.root={tiny_plates}", f"run_dir={folder}", "distributed.ranks=2", OVER)
+    return runs.digest(folder)
+
+
+class Submitted:
+    """A training submitted to the cluster: its job, run folder and output."""
+
+    def __init__(self, cluster: Cluster, plates: Path, folder: Path, *words: str) -> None:
+        self.cluster = cluster
+        self.job = cluster.sbatch(*words, TRAIN, *WORDS, f"plates.root={plates}", OVER, "distributed.silence_s=3", folder=folder)
+        self.run, self.log = folder / "runs" / f"{self.job}_tiny", folder / f"hcsdl-{self.job}.out"
+
+    def wait_for_step(self, step: int, attempt: int) -> None:
+        wait_until(lambda: runs.last_step(self.run, attempt) >= step, f"step {step} of attempt {attempt}", 100, self.log)
+
+    def finish(self) -> dict:
+        """Wait for its end and return the run's summary."""
+        assert self.cluster.wait(self.job, self.log) == "COMPLETED", self.log.read_text()
+        return runs.summary(self.run)
+
+
+def test_two_nodes_train_in_one_run_folder_like_one_machine(cluster: Cluster, tiny_plates: Path, tmp_path: Path, undisturbed: str) -> None:
+    job = Submitted(cluster, tiny_plates, tmp_path, *TWO_NODES)
+    summary = job.finish()
+    assert summary["world_size"] == 2 and summary["attempts"] == 1
+    assert runs.digest(job.run) == undisturbed
+    assert sorted(log.name for log in (job.run / "logs").iterdir()) == ["rank0.log", "rank1.log"]
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == [f"{job.job}_tiny"]
+
+
+def test_requeued_in_mid_epoch_twice_ends_with_the_same_bits(cluster: Cluster, tiny_plates: Path, tmp_path: Path, undisturbed: str) -> None:
+    job = Submitted(cluster, tiny_plates, tmp_path, *ONE_NODE)
+    job.wait_for_step(3, attempt=1)
+    cluster.ask("scancel", "--batch", "--signal=USR1", job.job)  # what comes before the time limit
+    job.wait_for_step(11, attempt=2)
+    assert "scontrol" not in cluster.ask("scontrol", "requeue", job.job)
+    summary = job.finish()
+    assert summary["attempts"] == 3 and cluster.field(job.job, "Restarts") == "2"
+    assert runs.digest(job.run) == undisturbed
+    steps = [line["step"] for line in runs.journal(job.run) if line["event"] == "step"]
+    assert steps == list(range(1, summary["steps"] + 1)), "a step was lost or done twice: the step was not finished and saved"
+
+
+def test_a_killed_rank_sends_the_job_back_and_it_ends_with_the_same_bits(
+    cluster: Cluster, tiny_plates: Path, tmp_path: Path, undisturbed: str
+) -> None:
+    job = Submitted(cluster, tiny_plates, tmp_path, *TWO_NODES)
+    job.wait_for_step(3, attempt=1)
+    [rank] = processes(job.job, "SLURM_PROCID=1", "SLURM_STEP_ID=0")
+    os.kill(rank, signal.SIGKILL)
+    assert job.finish()["attempts"] == 2
+    assert "rank 1" in job.log.read_text()
+    assert runs.digest(job.run) == undisturbed
+
+
+def test_a_dead_node_costs_a_restart_and_no_bit(cluster: Cluster, tiny_plates: Path, tmp_path: Path, undisturbed: str) -> None:
+    job = Submitted(cluster, tiny_plates, tmp_path, *TWO_NODES)
+    job.wait_for_step(3, attempt=1)
+    cluster.kill_node("n2")
+    wait_until(lambda: cluster.field(job.job, "Restarts") == "1", "the job back in the queue", 100, job.log)
+    cluster.start_node("n2")
+    assert job.finish()["attempts"] == 2
+    assert runs.digest(job.run) == undisturbed
+
+
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tiny_plates: Path, tmp_path: Path) -> None:
+    job = Submitted(cluster, tiny_plates, tmp_path, "--nodes=1", "--ntasks-per-node=1")
+    job.wait_for_step(1, attempt=1)
+    cluster.ask("scancel", job.job)
+    assert cluster.wait(job.job) == "CANCELLED"
+    wait_until(lambda: "ended with code 75" in job.log.read_text(), "the end of the batch script", 60, job.log)
+    assert cluster.state(job.job) == "CANCELLED" and cluster.field(job.job, "Restarts") == "0"
+
+
+def test_an_array_is_a_sweep_with_one_table(cluster: Cluster, tiny_plates: Path, tmp_path: Path) -> None:
+    words = [
+        *WORDS,
+        OVER,
+        f"plates.root={tiny_plates}",
+        "training.max_steps=1",
+        "training.learning_rate=0.01,0.05",
+        "training.global_batch_size=4,1000",
+    ]
+    array = cluster.sbatch("--array=0-3", "--hold", *TWO_NODES, SWEEP, *words, folder=tmp_path)
+    cluster.ask("scancel", f"{array}_3")
+    cluster.ask("scontrol", "release", array)
+    for element in range(3):
+        cluster.wait(f"{array}_{element}", tmp_path / f"hcsdl-sweep-{array}_{element}.out")
+    code, metric, rows = table(cluster, tmp_path / "multirun" / array)
+    assert metric == "well_accuracy" and code == 2
+    values = [float(said) for _, said, _ in rows[:2]]
+    assert {number for number, _, _ in rows[:2]} == {"0", "2"} and values == sorted(values, reverse=True)
+    assert rows[2] == ("1", "exit code 2", "training.learning_rate=0.01 training.global_batch_size=1000")
+    assert rows[3][0] == "3" and rows[3][1].startswith("did not run")
+    assert all(runs.summary(tmp_path / "multirun" / array / element / "run")["world_size"] == 2 for element in "02")
+
+
+def test_an_array_of_another_size_than_the_sweep_is_refused(cluster: Cluster, tiny_plates: Path, tmp_path: Path) -> None:
+    array = cluster.sbatch("--array=0-1", SWEEP, *WORDS, f"plates.root={tiny_plates}", "seed=0,1,2", folder=tmp_path)
+    assert cluster.wait(f"{array}_0") == "FAILED" and cluster.exit_code(f"{array}_0") == 2
+    said = (tmp_path / f"hcsdl-sweep-{array}_0.out").read_text()
+    assert "3 combinations" in said and "It has 2" in said and "--array=0-2" in said
+
+
+def test_submitit_driver_ends_although_a_job_died(cluster: Cluster, tiny_plates: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    words = [
+        *WORDS,
+        f"plates.root={tiny_plates}",
+        "distributed.ranks=1",
+        "training.epochs=2000",
+        "training.max_steps=1,10000",
+        f"hydra.sweep.dir={folder}",
+    ]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "hcsdl", "train", "-m", "hydra/launcher=submitit_slurm", *words], env=cluster.environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        wait_until(
+            lambda: runs.last_step(folder / "1" / "run", 1) >= 2 and (folder / "0" / "job.json").exists(),
+            "a finished and a running job",
+            100,
+        )
+        array = json.loads((folder / "sweep.json").read_text())["slurm_job"]
+        for process in processes(cluster.field(f"{array}_1", "JobId")):  # its batch script, and its rank
+            os.kill(process, signal.SIGKILL)
+        out, err = driver.communicate(timeout=100)
+    finally:
+        driver.kill()
+    assert driver.returncode == 75, err
+    rows = parsed(out)[1]
+    assert re.fullmatch(r"0\.\d{4}", rows[0][1]) and rows[0][0] == "0"
+    assert rows[1][0] == "1" and rows[1][1].startswith("did not finish")
+
+
+def processes(job: str, *variables: str) -> list[int]:
+    """Return the process ids of a job's own Pythons in whose environment these variables stand."""
+    found = []
+    wanted = {variable.encode() for variable in (f"SLURM_JOB_ID={job}", *variables)}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            ours = wanted <= set((process / "environ").read_bytes().split(b"\0"))
+            if ours and (process / "cmdline").read_bytes().startswith(sys.executable.encode()):
+                found.append(int(process.name))
+    return found
+
+
+def table(cluster: Cluster, folder: Path) -> tuple[int, str, list[tuple[str, str, str]]]:
+    """Return the exit code of `hcsdl sweep`, and what `parsed` makes of its output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hcsdl", "sweep", f"folder={folder}"],
+        env=cluster.environment,
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    return (done.returncode, *parsed(done.stdout))
+
+
+def parsed(out: str) -> tuple[str, list[tuple[str, str, str]]]:
+    """Return a printed table's metric, and number, result and overrides of each line."""
+    head, *lines = out.rpartition("sweep ")[2].splitlines()[1:]
+    found = [re.fullmatch(r" *(\d+)  (.*?)  +(.*)", line) for line in lines]
+    return head.split()[1], [(match[1], match[2], match[3]) for match in found if match]
