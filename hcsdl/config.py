@@ -274,6 +274,12 @@ class BenchCommConfig(Checked):
         """Return what stands before a field's name in its key."""
         return "bench."
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("backends", "operations", "dtypes", "sizes_kib"):
+            if not getattr(self, name):
+                raise ConfigError(f"bench.{name} must not be empty.")
+
 
 @dataclass
 class BenchScaleConfig(Checked):

@@ -147,7 +147,7 @@ FAULTS = [
     ),
     Fault(
         "files are written in place", "hcsdl/training/run_folder.py",
-        'temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")', "temporary = path",
+        'temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")', "temporary = path",
         "tests/training/test_run_folder.py::test_writing_is_whole_or_not_at_all", error="FileNotFoundError",
     ),
     Fault(

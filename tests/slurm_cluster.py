@@ -56,7 +56,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0,batch_sched_delay=0
 SlurmdParameters=config_overrides
 ReturnToService=2
-KillWait=2
+KillWait=30
 SlurmdTimeout=10
 MinJobAge=86400
 PropagateResourceLimits=NONE
@@ -161,7 +161,7 @@ class Cluster:
         words = self.ask("scontrol", "show", "job", "-o", job).split()
         return next((word.partition("=")[2] for word in words if word.startswith(f"{name}=")), "")
 
-    def wait(self, job: str, log: Path | None = None, limit_s: float = 150) -> str:
+    def wait(self, job: str, log: Path | None = None, limit_s: float = 200) -> str:
         """Wait until a job has ended; return how, e.g. COMPLETED."""
         wait_until(lambda: self.state(job) in ENDED, f"the end of job {job}", limit_s, log)
         return self.state(job)
@@ -182,7 +182,7 @@ def node_processes(name: str, base: Path) -> list[int]:
     return found
 
 
-def wait_until(true: Callable[[], bool], what: str, limit_s: float = 60, log: Path | None = None, fail: bool = True) -> None:
+def wait_until(true: Callable[[], bool], what: str, limit_s: float = 200, log: Path | None = None, fail: bool = True) -> None:
     """Wait until `true()`; fail after `limit_s` seconds, showing `log`."""
     limit = time.monotonic() + limit_s
     while not true():

@@ -68,7 +68,7 @@ def run_on_ranks(command: str, config: RankedConfig, output: str | None, least_r
         forwarder.adopt(start_ranks(["-m", "hcsdl.commands.bench_ranks", command, str(folder)], places, folder / "logs"))
         code, sentence = watch_ranks(forwarder.children, config.distributed.silence_s)
     if sentence:
-        log.error("hcsdl: %s", sentence)
+        log.error("hcsdl: %s", sentence.partition(";")[0])  # the rest is about what a training has saved
     return code
 
 

@@ -255,7 +255,7 @@ def format_predictions(rows: list[dict], bench: BenchScaleConfig, here: Here, pu
     link = "link as measured" if bench.bandwidth_gbit_s is None else f"{bench.bandwidth_gbit_s:g} Gbit/s, {bench.latency_us:g} µs"
     lines = [
         f"PREDICTED, not measured: {ranks} ranks a node × {cores} cores, {link}, {bench.mini_batch or max(bench.mini_batches)} fields a rank and step; "
-        f"time for {bench.images} fields × {bench.epochs:g} epochs",
+        f"time for {bench.images} fields × {bench.epochs:g} epochs, without evaluations",
         f"{'model':<10s}{'nodes':>6s}{'ranks':>6s}  {'assumed':<8s}{'step, s':>9s}{'exposed, s':>11s}{'images/s':>10s}{'efficiency':>11s}{'train, min':>11s}",
     ]
     for row in rows:
@@ -272,7 +272,7 @@ def format_verified(rows: list[dict], here: Here) -> str:
     """Return the table of real steps over these ranks against their prediction."""
     lines = [
         f"over these {here.ranks} ranks on {here.hosts} host{'s' * (here.hosts > 1)}: medians of the rounds, each in brackets; images/s of all ranks",
-        f"{'model':<10s}{'1 rank':>9s}{'predicted':>10s}{'measured':>10s}{'step predicted, s':>32s}{'measured, s':>32s}{'ratio':>7s}",
+        f"{'model':<10s}{'1 rank':>9s}{'predicted':>10s}{'measured':>10s}  {'step predicted, s':>30s}  {'measured, s':>30s}{'ratio':>7s}",
     ]
     for row in rows:
         predicted, measured = (
@@ -281,6 +281,6 @@ def format_verified(rows: list[dict], here: Here) -> str:
         )
         lines.append(
             f"{row['model']:<10s}{row['one_rank_images_per_s']:9.3f}{row['predicted_images_per_s']:10.3f}{row['measured_images_per_s']:10.3f}"
-            f"{predicted:>32s}{measured:>32s}{row['predicted_to_measured']:7.3f}"
+            f"  {predicted:>30s}  {measured:>30s}{row['predicted_to_measured']:7.3f}"
         )
     return "\n".join(lines)

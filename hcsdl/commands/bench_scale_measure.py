@@ -149,7 +149,7 @@ def time_all_reduces(sizes: Iterable[int], dtype: torch.dtype, group: Group, pro
     """Return the median seconds of an all_reduce of each size (bytes) up to the first that would take longer than `LONGEST_CALL_S`."""
     found: dict[int, float] = {}
     for size in sorted(set(sizes)):
-        if len(found) > 1 and found[before] * size / before > LONGEST_CALL_S:
+        if len(found) > 1 and found[max(found)] * size / max(found) > LONGEST_CALL_S:
             break
         buffer = torch.zeros(size // dtype.itemsize, dtype=dtype)
         times: list[float] = []
@@ -158,7 +158,7 @@ def time_all_reduces(sizes: Iterable[int], dtype: torch.dtype, group: Group, pro
             begun = time.perf_counter()
             group.guard("all_reduce", lambda buffer=buffer: dist.all_reduce(buffer, group=process_group))
             times.append(group.largest(time.perf_counter() - begun))
-        found[size], before = statistics.median(times), size
+        found[size] = statistics.median(times)
     return found
 
 

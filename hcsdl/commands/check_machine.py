@@ -7,6 +7,7 @@ Needs no plates. Started by srun or mpirun on many nodes, one process of each sp
 from __future__ import annotations
 
 import importlib.metadata
+import socket
 
 from hcsdl.config import CheckMachineCommand
 from hcsdl.distributed.fabric import providers
@@ -28,22 +29,25 @@ def run(config: CheckMachineCommand) -> int:
     if identity.launcher in ("alone", "own"):
         ranks = config.distributed.ranks or default_ranks(machine, config.machine.spare_cores)
         places = plan_places(machine, ranks, config.machine)
+        how = counted(ranks, "rank")
     elif bound_by_launcher(identity.local_world_size, identity.launcher):
         places = (own_place(0, identity.local_world_size, config.machine, identity.launcher),)
+        how = f"{counted(identity.local_world_size, 'rank')} of {identity.launcher}, which has bound the first"
     else:
         places = plan_places(machine, identity.local_world_size, config.machine)
+        how = f"{counted(identity.local_world_size, 'rank')} of {identity.launcher}"
     print(f"host    {identity.host}, {processor()}")
-    print(f"plan    {len(places)} rank{'s' * (len(places) > 1)} on {machine.usable_cores} cores, {machine.memory_bytes / 2**30:.1f} GiB")
+    print(f"plan    {how} on {counted(machine.usable_cores, 'core')}, {machine.memory_bytes / 2**30:.1f} GiB")
     for number, place in enumerate(places):
         print(f"rank {number}  {place}")
-    found = judge(config, machine, places, identity.host)
+    found = judge(config, machine, places)
     print("\n".join(map(str, found)))
     problems = sum(one.level == "PROBLEM" for one in found)
-    print(f"verdict {f'{problems} problem' + 's' * (problems > 1) + ': see above' if problems else 'fit to train on'}", flush=True)
+    print(f"verdict {counted(problems, 'problem') + ': see above' if problems else 'fit to train on'}", flush=True)
     return 1 if problems else 0
 
 
-def judge(config: CheckMachineCommand, machine: Machine, places: tuple[Place, ...], host: str) -> list[Verdict]:
+def judge(config: CheckMachineCommand, machine: Machine, places: tuple[Place, ...]) -> list[Verdict]:
     """Return a verdict on everything that is known to make training hang, crash or crawl."""
     backend, ranks = config.distributed.backend, len(places)
     return [
@@ -57,15 +61,21 @@ def judge(config: CheckMachineCommand, machine: Machine, places: tuple[Place, ..
         verdicts.clock(facts.governor()),
         verdicts.compiler(facts.compiler()),
         verdicts.ipex(importlib.metadata.version("torch"), _version("intel-extension-for-pytorch"), config.kernels.name),
-        *_network(config, host),
+        *_network(config),
         verdicts.shared_memory(facts.shared_memory_bytes(), ranks, backend),
         verdicts.open_files(facts.open_files_limit()),
     ]
 
 
-def _network(config: CheckMachineCommand, host: str) -> list[Verdict]:
+def counted(number: int, what: str) -> str:
+    """Return a number and a noun, in the plural where it must be."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _network(config: CheckMachineCommand) -> list[Verdict]:
     found = [] if config.distributed.backend == "gloo" else _oneccl(config.distributed.backend)
     found += verdicts.network(facts.interfaces(), interface_addresses(), config.distributed)
+    host = socket.gethostname()
     return [*found, verdicts.host_name(host, facts.addresses_of(host), config.distributed.interface)]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import platform
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -71,8 +70,8 @@ class Run:
         ):
             self.group.check_equal(what, value)
         if config.data.stage:
-            leads = identity.local_rank == 0
-            self.index = stage_fields(self.index, Path(config.data.stage), leads=leads, meet=self._meet(stop), say=self._say)
+            node, leads = self.group.host, identity.local_rank == 0
+            self.index = stage_fields(self.index, Path(config.data.stage), node=node, leads=leads, meet=self._meet(stop), say=self._say)
 
         checkpoint, foreign = self._find_checkpoint()
         self.group.check_equal("checkpoint", checkpoint and checkpoint.step)
@@ -255,7 +254,7 @@ class Run:
         ready = max(config.data.prefetch, share // mini) + share // mini  # those of the step in use come on top
         own_gib = peak_rss_gib() + loader_gib(ready, (mini, len(self.plan.channels), *self.plan.image_size))
         job = this_job() if self.group.rank == 0 else None  # one question to Slurm, not one a rank
-        told = self.group.all_gather_object((platform.node(), own_gib, memory_limit_gib(read_machine().memory_bytes), job))
+        told = self.group.all_gather_object((self.group.host, own_gib, memory_limit_gib(read_machine().memory_bytes), job))
         nodes = [
             (sum(gib for node, gib, _, _ in told if node == name), min(limit for node, _, limit, _ in told if node == name))
             for name in {node for node, *_ in told}

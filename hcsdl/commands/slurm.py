@@ -43,7 +43,8 @@ def train(job: Job, words: Sequence[str], folder: RunFolder) -> tuple[int, bool]
     """Run `hcsdl train` with `words` on every task of the job, in `folder`; return the exit code and whether the job was sent back into the queue."""
     before = folder.last_saved()
     log.info("job %s, start %d, run folder %s", job.name, job.restarts + 1, folder.path)
-    code = run_tasks([sys.executable, "-m", "hcsdl", "train", *words, f"run_dir={folder.path}"])
+    quoted = str(folder.path).replace("'", "\\'")
+    code = run_tasks([sys.executable, "-m", "hcsdl", "train", *words, f"run_dir='{quoted}'"])
     again = goes_on(code, folder.last_saved() > before, job.restarts) and requeue(job)
     if code:
         log.info("job %s ended with code %d%s", job.name, code, " and goes back into the queue" if again else "")

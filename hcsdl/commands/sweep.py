@@ -33,7 +33,7 @@ from hcsdl.training.run_folder import RunFolder, write_json
 log = logging.getLogger(__name__)
 SUBMITIT = "submitit_slurm"
 POLL_S = 5.0
-SHARED = ("name", "timeout_min", "nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "mem_gb", "stderr_to_stdout")
+SHARED = ("timeout_min", "nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "mem_gb", "stderr_to_stdout")
 
 
 def run(config: SweepCommand) -> int:
@@ -123,7 +123,7 @@ def run_element(overrides: list[str]) -> int:
 def run_combination(folder: Path, number: int, words: list[str]) -> int:
     """As the batch script of a job, run combination `number` of the sweep in `folder`; write and return its exit code.
 
-    Nothing is written where the job goes back into the queue, or was ended from outside.
+    Nothing is written where the job goes back into the queue, or srun says 0 of a run that was ended from outside.
     """
     from hcsdl.commands.slurm import train
 
@@ -148,9 +148,10 @@ def submit(jobs: list[list[str]], folder: Path, overrides: list[str]) -> int:
     fields = launcher_fields(overrides)
     executor = submitit.AutoExecutor(folder=folder / ".submitit" / "%j", cluster="slurm")
     delay, extra = fields.pop("signal_delay_s"), fields.pop("additional_parameters") or {}
+    executor.update_parameters(name=fields.pop("name", "hcsdl-sweep"))
     executor.update_parameters(
         **{key if key in SHARED else f"slurm_{key}": value for key, value in fields.items()},
-        slurm_additional_parameters={"signal": f"B:USR1@{delay}", "requeue": True, "job_name": "hcsdl-sweep"} | extra,
+        slurm_additional_parameters={"signal": f"B:USR1@{delay}", "requeue": True} | extra,
         slurm_use_srun=False,  # the job's process starts the ranks over srun itself
     )
     submitted = executor.map_array(partial(run_combination, folder), range(len(jobs)), jobs)
@@ -158,8 +159,10 @@ def submit(jobs: list[list[str]], folder: Path, overrides: list[str]) -> int:
     write_sweep(folder, jobs, number)
     log.info("%d runs submitted as job %s; their output is in %s", len(jobs), number, folder / ".submitit")
     try:
-        while still_going(states(number)):
-            time.sleep(POLL_S)
+        while still_going(told := states(number)):
+            if told is None:
+                log.warning("squeue does not answer; waiting for it.")
+            time.sleep(POLL_S if told else 60)
     except KeyboardInterrupt:
         log.info("the jobs go on: `hcsdl sweep folder=%s` prints the table, `scancel %s` ends them.", folder, number)
     return print_table(folder)
@@ -171,8 +174,6 @@ def launcher_fields(overrides: list[str]) -> dict:
     words = [word for word in overrides if word.startswith(("hydra/", "hydra."))]
     with initialize_config_module("hcsdl.conf", version_base="1.3"):
         launcher = compose("train", overrides=words, return_hydra_config=True).hydra.launcher
-        fields = {
-            key: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value for key, value in launcher.items_ex(resolve=False)
-        }
-    ours = ("_target_", "submitit_folder", "max_num_timeout", "name")
-    return {key: value for key, value in fields.items() if value is not None and key not in ours}
+        fields = OmegaConf.to_container(launcher, resolve=False)
+    ours = ("_target_", "submitit_folder", "max_num_timeout")
+    return {key: value for key, value in fields.items() if value is not None and key not in ours and not str(value).startswith("${")}  # type: ignore[union-attr]

@@ -79,9 +79,9 @@ def print_table(folder: Path) -> int:
     common = set.intersection(*(set(row.overrides) for row in rows)) if len(rows) > 1 else set()
     rows.sort(key=lambda row: -1.0 if row.value is None else row.value, reverse=True)
     wide = max(20, *(len(row.said) for row in rows))
-    print(f"\nsweep {folder}\n{'job':>4s}  {metric:{wide}s} overrides")
+    print(f"\nsweep {folder}\n{'job':>4s}  {metric:{wide}s}  overrides")
     for row in rows:
-        print(f"{row.job:>4d}  {row.said:{wide}s} {' '.join(word for word in row.overrides if word not in common)}")
+        print(f"{row.job:>4d}  {row.said:{wide}s}  {' '.join(word for word in row.overrides if word not in common)}")
     sys.stdout.flush()
     bad = sorted((row.code == UNFINISHED, row.job, row.code) for row in rows if row.code)
     return bad[0][2] if bad else 0

@@ -16,7 +16,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import platform
 import shutil
 import threading
 import time
@@ -75,7 +74,13 @@ class Progress:
 
 
 def stage_fields(
-    index: Index, folder: Path, *, leads: bool, meet: Callable[[Progress | None], list[Progress | None]], say: Callable[[str], None]
+    index: Index,
+    folder: Path,
+    *,
+    node: str,
+    leads: bool,
+    meet: Callable[[Progress | None], list[Progress | None]],
+    say: Callable[[str], None],
 ) -> StagedIndex:
     """Have the files of `index` copied into `folder` on every node, and return the index that reads the copies.
 
@@ -83,6 +88,7 @@ def stage_fields(
     ----------
     index : the fields of this run.
     folder : data.stage; each node may have another disk there.
+    node : the name of this one, for messages.
     leads : whether this rank copies; true for one rank of each node.
     meet : called by every rank again and again with its progress (None where it does not lead); gives every rank's. A collective, so that no
         rank waits in one for longer than a second, however long the copying takes.
@@ -95,7 +101,7 @@ def stage_fields(
     """
     folder = folder.expanduser().absolute()
     staged = StagedIndex(**vars(index), copies=copies_folder(index.root, folder))
-    stager = Stager(staged) if leads else None
+    stager = Stager(staged, node) if leads else None
     pause_s, said = 0.05, time.monotonic()
     try:
         while True:
@@ -155,8 +161,8 @@ def interim(nodes: Sequence[Progress]) -> str:
 class Stager:
     """Copies the files of an index in threads of its own, from the moment it is made. `progress()` tells how far it is; `close()` ends it."""
 
-    def __init__(self, index: StagedIndex) -> None:
-        self.index, self._progress = index, Progress(node=platform.node())
+    def __init__(self, index: StagedIndex, node: str) -> None:
+        self.index, self._progress = index, Progress(node)
         self._begun, self._ended = time.monotonic(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="hcsdl-stager", daemon=True)
         self._thread.start()

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from hcsdl.config import ConfigError, DistributedConfig
 from hcsdl.distributed.backends import largest_bucket, missing, time_backends
 from hcsdl.distributed.compression import bf16_hook
+from hcsdl.distributed.handout import shared_store
 from hcsdl.distributed.heartbeat import Heartbeat, LostRank, take_leave, watch
 from hcsdl.distributed.identity import Identity
 from hcsdl.distributed.interfaces import use_interface
@@ -40,7 +41,7 @@ class Group:
                 raise ConfigError(f"distributed.backend={self.backend} cannot be used: {missing(self.backend)}")
             use_interface(config.interface, os.environ["MASTER_ADDR"])
             wait = timedelta(seconds=config.timeout_s)
-            self._store, _, _ = self.guard("rendezvous", lambda: next(dist.rendezvous("env://", timeout=wait)))
+            self._store = self.guard("rendezvous", lambda: shared_store(config.timeout_s))
             store = dist.PrefixStore("group", self._store)
             self._heart = self.guard("heartbeat", lambda: watch(store, self.rank, self.world_size, config.silence_s))
             with held_back_output():

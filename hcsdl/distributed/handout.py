@@ -7,6 +7,7 @@ In: an `Identity` and each rank's settings. Out: rank 0's text on every rank. A 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -14,7 +15,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from hcsdl.config import ConfigError
-from hcsdl.distributed.heartbeat import LostRank
+from hcsdl.distributed.heartbeat import LostRank, watch
 from hcsdl.distributed.identity import Identity
 
 PREPARING = timedelta(days=2)  # rank 0 may have many plates to look at first
@@ -22,7 +23,16 @@ HEARD_S = 10.0  # what ranks that wait for an answer have to read it; a guess
 _kept: list[dist.Store] = []  # rank 0's end of the store must outlive what the others read from it
 
 
-def hand_out(identity: Identity, asked: Mapping[str, object], make: Callable[[], str], timeout_s: float) -> str:
+def shared_store(timeout_s: float) -> dist.Store:
+    """Return the store in which all ranks of this start meet. Raises RuntimeError where they do not within `timeout_s`.
+
+    torchrun's outlives the ranks: without a part of its own, a start after the first would read what the one before has left.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def hand_out(identity: Identity, asked: Mapping[str, object], make: Callable[[], str], timeout_s: float, silence_s: float) -> str:
     """Return `make()`'s text on every rank; rank 0 alone calls it.
 
     Parameters
@@ -31,6 +41,7 @@ def hand_out(identity: Identity, asked: Mapping[str, object], make: Callable[[],
     asked : this rank's settings and versions by name, plain values; they must be equal on all ranks.
     make : prepares the run.
     timeout_s : how long the ranks wait for each other; not for `make`.
+    silence_s : a rank not heard of for so long is lost, from here on: rank 0 may vanish while the others wait for `make`.
 
     Raises
     ------
@@ -39,8 +50,9 @@ def hand_out(identity: Identity, asked: Mapping[str, object], make: Callable[[],
     SystemExit : on the other ranks, with the exit code of what `make` raises on rank 0, where it is raised itself.
     """
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        store = shared_store(timeout_s)
         _kept.append(store)
+        watch(store, identity.rank, identity.world_size, silence_s)
         store.set(f"hcsdl/asked/{identity.rank}", json.dumps({"host": identity.host, "asked": dict(asked)}))
         if identity.rank == 0:
             difference = compare([_asked(store, rank, identity, timeout_s) for rank in range(identity.world_size)])

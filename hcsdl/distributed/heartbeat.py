@@ -180,7 +180,10 @@ class Heartbeat:
         with self._lock:
             self._told = True
         for callback in self._callbacks:
-            callback(self.verdict)
+            try:
+                callback(self.verdict)
+            except Exception:  # this thread has to live on: it is the one that ends the process
+                log.exception("hcsdl: what was to happen after a loss failed")
         if not self._ended.wait(LEAVE_S + 2 * self._read_s):
             log.error("hcsdl: rank %d of %d ends: %s", self.rank, self.world_size, self.verdict)
             os._exit(LostRank.exit_code)

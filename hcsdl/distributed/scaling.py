@@ -12,8 +12,8 @@ An all_reduce of S bytes over n peers in a ring takes 2(n-1) steps of latency α
 
     ring = 2(n-1) · α + 2(n-1)/n · S / β
 
-(Thakur, Rabenseifner, Gropp 2005, IJHPCA 19(1), section 4.5; that no algorithm moves less and a ring of any tree-connected network moves no more:
-Patarasuk and Yuan 2009, JPDC 69(2)). Ranks of one node share its link, so with several to a node the all_reduce is counted as one among the
+(Thakur, Rabenseifner, Gropp 2005, IJHPCA 19(1), on long messages; Patarasuk and Yuan 2009, JPDC 69(2), who show that no all_reduce moves less).
+Ranks of one node share its link, so with several to a node the all_reduce is counted as one among the
 node's ranks followed by one between the nodes, S bytes through each link however many ranks are behind it (hierarchical all_reduce; a ring
 that visits the nodes in order crosses each link as often).
 

@@ -9,22 +9,26 @@ time); SIGTERM to everything (`scontrol requeue`, `scancel`), where the ranks ha
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hcsdl.config import ConfigError
 from hcsdl.distributed.launcher import LOST_RANK, OUR_CODES, STOP_SIGNALS
+from hcsdl.distributed.rendezvous import FIRST_PORT, PORTS
 
 log = logging.getLogger(__name__)
 
 # Slurm's states of a job that has not ended, as `squeue -o %T` writes them.
 ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "REQUEUED", "REQUEUE_FED", "RESIZING", "SIGNALING", "STAGE_OUT"}  # fmt: skip
-EXITED = re.compile(rb"srun: error: .*?: tasks? [\d,\-]+: Exited with exit code (\d+)\n")
+EXITED = re.compile(rb"srun: error: .*?: tasks? [\d,\-]+: Exited with exit code (\d+)$")
 STRAGGLERS_S = 180  # after the first rank has ended the others get this long; longer than silence and saving together, a guess
 
 
@@ -78,25 +82,44 @@ def run_tasks(command: Sequence[str]) -> int:
 
     for number in STOP_SIGNALS:
         signal.signal(number, pass_on)
-    options = ["--kill-on-bad-exit=0", f"--wait={STRAGGLERS_S}", "--cpu-bind=none"]
-    running.append(subprocess.Popen(["srun", *options, *command], stderr=subprocess.PIPE))
+    options = ["--export=ALL", "--kill-on-bad-exit=0", f"--wait={STRAGGLERS_S}", "--cpu-bind=none"]
+    environment = {"MASTER_PORT": str(free_port())} | os.environ
+    running.append(subprocess.Popen(["srun", *options, *command], env=environment, stderr=subprocess.PIPE))
     if asked:
         running[0].send_signal(signal.SIGUSR1)
-    codes = _codes_said(running[0].stderr.fileno())  # type: ignore[union-attr]
-    code = running[0].wait()
-    own = [code for code in codes if code in OUR_CODES and code != LOST_RANK]
-    return own[0] if own else code if code in (0, *OUR_CODES) else LOST_RANK
+    said = pass_through(running[0].stderr.fileno())  # type: ignore[union-attr]
+    return one_code(running[0].wait(), said)
 
 
-def _codes_said(pipe: int) -> list[int]:
-    """Pass on to our standard error what srun and its tasks say, until its end; return the tasks' exit codes among it, the first one first."""
+def free_port() -> int:
+    """Return a port for the ranks to meet at that nobody listens at on this host, where the batch script and rank 0 run.
+
+    A port worked out from the job's number, as ranks without a batch script must, may be another cluster's job's here, or any program's.
+    """
+    for port in random.SystemRandom().sample(range(FIRST_PORT, FIRST_PORT + PORTS), 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store does: a port just left is free
+            with contextlib.suppress(OSError):
+                probe.bind(("", port))
+                return port
+    raise OSError(f"none of 100 ports from {FIRST_PORT} on is free on {socket.gethostname()}")
+
+
+def pass_through(pipe: int) -> list[int]:
+    """Write what srun and its tasks say to our standard error until it ends; return the exit codes of tasks that srun names, in its order."""
     codes: list[int] = []
-    before = b""
+    line = b""
     while chunk := os.read(pipe, 65536):
         os.write(2, chunk)
-        before = before[-200:] + chunk
-        codes += [int(found) for found in EXITED.findall(before)]
+        *whole, line = (line + chunk).split(b"\n")
+        codes += [int(found[1]) for found in map(EXITED.search, whole) if found]
     return codes
+
+
+def one_code(highest: int, said: Sequence[int]) -> int:
+    """Return one exit code for all tasks from srun's own, the highest of theirs, and those it names: a task's reason goes before others' loss of it."""
+    own = [code for code in said if code in OUR_CODES and code != LOST_RANK]
+    return own[0] if own else highest if highest in (0, *OUR_CODES) else LOST_RANK
 
 
 def state(number: str) -> str:

@@ -11,6 +11,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from hcsdl.config import MachineConfig
@@ -37,9 +38,8 @@ def place_environment(place: Place) -> dict[str, str]:
         return found
     if place.threads == len(place.cores) and not any(name in os.environ for name in PLACING):
         found |= {"OMP_PLACES": ",".join("{" + ",".join(map(str, core.cpus)) + "}" for core in place.cores), "OMP_PROC_BIND": "close"}
-    workers = os.environ.get("CCL_WORKER_COUNT", "1")
-    if workers.isdigit() and 0 < int(workers) <= len(place.spare) and "CCL_WORKER_AFFINITY" not in os.environ:
-        found["CCL_WORKER_AFFINITY"] = ",".join(str(core.cpus[0]) for core in place.spare[: int(workers)])
+    if place.workers and "CCL_WORKER_AFFINITY" not in os.environ and os.environ.get("CCL_WORKER_COUNT", "1") == "1":
+        found["CCL_WORKER_AFFINITY"] = ",".join(map(str, place.workers))  # of all ranks of the host: oneCCL picks its own by CCL_LOCAL_RANK
     return found
 
 
@@ -78,7 +78,7 @@ def on_cpus(cpus: set[int]) -> Iterator[None]:
 def own_place(local_rank: int, local_ranks: int, config: MachineConfig, launcher: str) -> Place:
     """Return the place of a rank that torchrun, srun or mpirun has started; where these have bound it to a part of the machine, within that."""
     if bound_by_launcher(local_ranks, launcher):
-        return plan_places(read_machine(), 1, config)[0]
+        return replace(plan_places(read_machine(), 1, config)[0], workers=())  # the other ranks' spare cores are not known here
     return plan_places(read_machine(), local_ranks, config)[local_rank]
 
 

@@ -9,7 +9,7 @@ decodes there disturbs less than one that takes the compute thread's turn, so a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hcsdl.config import ConfigError, MachineConfig
 from hcsdl.machine.topology import Core, Machine, format_list
@@ -17,15 +17,17 @@ from hcsdl.machine.topology import Core, Machine, format_list
 
 @dataclass(frozen=True)
 class Place:
-    """One rank's `threads` compute threads run on `cores`, its other threads there and on `spare`, whose first core is the rank's own choice.
+    """One rank's `threads` compute threads run on `cores`, its other threads there and on `spare`.
 
-    With `bound` the rank is kept there; else only the number of threads is its own.
+    With `bound` the rank is kept there; else only the number of threads is its own. `workers` names a spare CPU for each rank of the host, in
+    rank order, where all have one; it is the same on all of them.
     """
 
     threads: int
     cores: tuple[Core, ...]
     spare: tuple[Core, ...] = ()
     bound: bool = True
+    workers: tuple[int, ...] = ()
 
     @property
     def cpus(self) -> set[int]:
@@ -80,13 +82,13 @@ def plan_places(machine: Machine, ranks: int, config: MachineConfig) -> tuple[Pl
         shares += [pool[i * each : (i + 1) * each] or [pool[i % len(pool)]] for i in range(count)]
         spare += pool[max(1, each) * count :] if count else pool
     threads = config.threads_per_rank or min(map(len, shares))
-    places = []
+    places, workers = [], []
     for number, share in enumerate(shares):
         own = share if config.threads_per_rank else share[:threads]
         near = share[len(own) :] + [core for core in spare if core.node in {c.node for c in share}]
-        turn = number % len(near) if near else 0
-        places.append(Place(threads, tuple(own), tuple(near[turn:] + near[:turn]), config.pin))
-    return tuple(places)
+        workers += [near[number % len(near)].cpus[0]] if near else []
+        places.append(Place(threads, tuple(own), tuple(near), config.pin))
+    return tuple(replace(place, workers=tuple(workers)) if len(workers) == ranks else place for place in places)
 
 
 def _check_spare(left: int, machine: Machine, config: MachineConfig) -> None:

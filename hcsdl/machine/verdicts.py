@@ -15,7 +15,7 @@ from hcsdl.machine.placement import Place
 from hcsdl.machine.topology import Machine
 
 GIB = 2**30
-SHARED_MEMORY_MIB = 128  # a rank's ring buffers and oneCCL's staging of one bucket; a guess, 64 MiB for all is what containers give
+SHARED_MEMORY_MIB = 128  # a rank; 24 – 52 were taken for 20 MB all_reduces, measured here, 162 MiB of gradients take more: a guess
 LOCKED_MEMORY_MIB = 1024  # a rank's registered buffers; a guess, 8 MiB is what systems give
 OPEN_FILES = (256, 1024)  # below the first nothing of several ranks starts; systems give the second; guesses
 MEMORY_GIB = (1, 4)  # a rank: torch alone takes 0.5; ResNet-18 on two full-resolution fields 2.9 (measured, BENCHMARKS.md)

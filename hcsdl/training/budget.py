@@ -36,7 +36,7 @@ def prediction(steps: int, needed_s: float, now: datetime, peak_gib: float, limi
     """Return the sentence that is printed before the first step."""
     return (
         f"predicted: {steps:,} step{'s' * (steps != 1)} in {duration(needed_s)}, done about {moment(now, needed_s)}; "
-        f"peak memory about {peak_gib:.3g} of {limit_gib:.0f} GiB a node"
+        f"peak memory about {gib(peak_gib)} of {gib(limit_gib)} GiB a node"
     )
 
 
@@ -59,10 +59,15 @@ def objections(needed_s: float, left_s: float, length_s: float, now: datetime, p
         )
     if peak_gib > limit_gib:
         found.append(
-            f"the ranks of a node must fit into its memory. They will hold about {peak_gib:.3g} GiB and may hold {limit_gib:.3g}: fewer ranks a "
+            f"the ranks of a node must fit into its memory. They will hold about {gib(peak_gib)} GiB and may hold {gib(limit_gib)}: fewer ranks a "
             "node, a smaller training.mini_batch_size, or model.checkpoint_activations=true."
         )
     return found
+
+
+def gib(value: float) -> str:
+    """Return an amount of memory to three digits, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:

@@ -113,7 +113,7 @@ class RunFolder:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that a crash, a kill or a full disk leaves either the old file or the whole new one. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from hcsdl.commands.bench_comm import calls_per_round, format_rows, summarise
+from hcsdl.commands.compose import compose_command
+from hcsdl.config import ConfigError
 from hcsdl.distributed.group import Group
 from tests import runs
 from tests.distributed.ranks import on_ranks
@@ -44,6 +46,11 @@ def test_one_rank_has_nobody_to_talk_to(tmp_path: Path) -> None:
     done = runs.run("bench", "comm", "distributed.ranks=1", f"bench.output={tmp_path / 'out'}", code=2)
     assert done.stderr.startswith("hcsdl: hcsdl bench comm needs at least 2 ranks. Got 1")
     assert not (tmp_path / "out").exists()
+
+
+def test_something_must_be_measured() -> None:
+    with pytest.raises(ConfigError, match="bench.sizes_kib must not be empty"):
+        compose_command("bench comm", ["bench.sizes_kib=[]"])
 
 
 def wrong_sum(group: Group) -> None:

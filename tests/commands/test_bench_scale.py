@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from hcsdl.commands.bench_scale import Here, check_link, cluster_all_reduce, predictions
+from hcsdl.commands.bench_scale import Here, Taken, check_link, cluster_all_reduce, predictions, typical, verify
 from hcsdl.commands.compose import compose_command
 from hcsdl.config import BenchScaleConfig, ConfigError
 from hcsdl.distributed.scaling import Overlap, Timeline
@@ -54,6 +55,32 @@ def test_a_row_by_hand() -> None:
     assert high["step_s"] == pytest.approx(4.5 + 2 + 2e-3, rel=1e-4)
     assert high["images_per_s"] == pytest.approx(8 / high["step_s"]) and high["efficiency"] == pytest.approx(4.5 / high["step_s"])
     assert high["time_to_train_s"] == pytest.approx(200 / high["images_per_s"])
+
+
+def rounds() -> list[Here]:
+    """Three rounds, the second and third with all_reduces of 3 and 2 s a MiB; the last did not come to the largest size."""
+    return [
+        here(),
+        dataclasses.replace(here(), all_reduces={1: 3 / MIB, MIB: 3.0}, overlaps={"mcnn": Overlap(0.5, 0.2)}),
+        dataclasses.replace(here(), all_reduces={1: 2 / MIB}, overlaps={"mcnn": Overlap(0.9, 0.1)}),
+    ]
+
+
+def test_medians_over_the_rounds() -> None:
+    found = typical(rounds())
+    assert found.all_reduces == {1: 2 / MIB}
+    assert found.overlaps == {"mcnn": Overlap(0.9, 0.2)} and found.timelines["mcnn"][2] == TIMELINES[2]
+
+
+def test_each_round_predicts_the_steps_of_these_ranks() -> None:
+    slow = dataclasses.replace(here(), all_reduces={1: 3 / MIB, MIB: 3.0})
+    row = verify("mcnn", [here(), slow, here()], Taken(alone_s=[4.0, 5.0, 6.0], real_s=[8.0, 10.0, 9.0]), BenchScaleConfig())
+    assert row["predicted_runs_s"] == pytest.approx(
+        [5 + 2, 5 + 1 + 6, 5 + 2]
+    )  # a bucket of 2 MiB after the end, of a slow one of 1 MiB 1 s more
+    assert (row["predicted_step_s"], row["measured_step_s"]) == (pytest.approx(7), 9.0)
+    assert (row["one_rank_images_per_s"], row["measured_images_per_s"]) == (2 / 5, 4 / 9)
+    assert row["predicted_to_measured"] == pytest.approx(7 / 9)
 
 
 def test_the_link_is_given_or_measured() -> None:

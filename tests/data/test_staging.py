@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +24,15 @@ from hcsdl.plates.index import Index, content_hash
 FIELDS, CHANNELS = 30, ("DAPI", "Actin")
 FILES = FIELDS * len(CHANNELS)
 SCRIPT = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 from hcsdl.data import staging
 from tests.data.test_staging import staged_alone
 wait_for, kill_at = Path(sys.argv[3]), int(sys.argv[4])
 replace, done = os.replace, []
 def replace_or_die(*paths):
-    done.append(replace) or (len(done) == kill_at and os.kill(os.getpid(), signal.SIGKILL))
+    done.append(replace) or (0 < kill_at <= len(done) and os.kill(os.getpid(), signal.SIGKILL))
+    time.sleep(0.02)  # long enough for another process to come in between
     replace(*paths)
 os.replace = replace_or_die
 print("ready", flush=True)
@@ -70,7 +71,7 @@ def index_of(root: Path, fields: int = FIELDS) -> Index:
 def staged_alone(root: Path, stage: Path, fields: int = FIELDS) -> tuple[str, StagedIndex]:
     """Stage as the only rank; return the sentence and the staged index."""
     said: list[str] = []
-    index = stage_fields(index_of(root, fields), stage, leads=True, meet=lambda progress: [progress], say=said.append)
+    index = stage_fields(index_of(root, fields), stage, node="n1", leads=True, meet=lambda progress: [progress], say=said.append)
     return said[-1], index
 
 
@@ -219,16 +220,22 @@ def test_a_folder_that_cannot_be_made_is_told_once(root: Path, tmp_path: Path) -
     assert "\n" not in str(caught.value)
 
 
+def slow_copy(source: Path, copy: Path) -> int | None:
+    time.sleep(0.2)
+    return copy_checked(source, copy)
+
+
 def test_every_rank_hears_of_a_node_that_failed_and_waits_for_the_slowest(root: Path, tmp_path: Path) -> None:
-    other = iter([Progress("n2", to_copy=9), Progress("n2", to_copy=9, copied=9, copied_bytes=90, seconds=2.0, finished=True)])
+    done = Progress("n1", to_copy=9, copied=9, copied_bytes=90, seconds=1.0, finished=True)
+    reports = iter([Progress("n2", to_copy=9), Progress("n2", to_copy=9, copied=9, copied_bytes=90, seconds=2.0, finished=True)])
     said: list[str] = []
-    stage_fields(index_of(root), tmp_path / "disk", leads=False, meet=lambda own: [own, next(other)], say=said.append)
-    assert next(other, None) is None and len(said) == 1  # it has waited for the second report, and copied nothing itself
-    assert not (tmp_path / "disk").exists()
+    stage_fields(index_of(root), tmp_path / "disk", node="n1", leads=False, meet=lambda own: [own, done, next(reports)], say=said.append)
+    assert next(reports, None) is None and "18 files, 0.0 MB on 2 nodes in 2 s" in said[0]  # it has waited for the second report
+    assert not (tmp_path / "disk").exists()  # and copied nothing itself
 
     failed = Progress("n2", error=ConfigError("n2 has no room"))
     with pytest.raises(ConfigError, match="n2 has no room"):
-        stage_fields(index_of(root), tmp_path / "disk", leads=True, meet=lambda own: [own, failed], say=said.append)
+        stage_fields(index_of(root), tmp_path / "disk", node="n1", leads=True, meet=lambda own: [own, failed], say=said.append)
 
 
 @pytest.mark.parametrize(
@@ -246,19 +253,36 @@ def test_progress_names_the_slowest_node(slowest: Progress, said: str) -> None:
     assert interim(nodes) == said
 
 
-def test_an_end_in_the_middle_leaves_nothing_half_done(root: Path, tmp_path: Path) -> None:
+def test_an_end_in_the_middle_leaves_nothing_half_done(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal that is heard while files are copied: those begun are ended, no further one is begun, and a later run goes on."""
 
-    def stop_after(count: int) -> Callable[[Progress | None], list[Progress | None]]:
-        def meet(progress: Progress | None) -> list[Progress | None]:
-            if len(copies(tmp_path / "disk")) >= count:
-                raise InterruptedError
-            return [progress and Progress(progress.node)]  # never said to be finished
+    def stop(progress: Progress | None) -> list[Progress | None]:
+        if copies(tmp_path / "disk"):
+            raise InterruptedError
+        return [progress]
 
-        return meet
-
+    monkeypatch.setattr(staging, "copy_checked", slow_copy)
     with pytest.raises(InterruptedError):
-        stage_fields(index_of(root), tmp_path / "disk", leads=True, meet=stop_after(1), say=print)
+        stage_fields(index_of(root), tmp_path / "disk", node="n1", leads=True, meet=stop, say=print)
     assert not list((tmp_path / "disk").rglob("*.part"))
     there = len(copies(tmp_path / "disk"))
+    assert there < FILES
+    monkeypatch.undo()
     assert f"staged {FILES - there} files" in staged_alone(root, tmp_path / "disk")[0]
+
+
+def test_ranks_that_wait_meet_again_and_again(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the copying takes, no rank waits in one collective for it: a backend's time-out would end the run."""
+
+    monkeypatch.setattr(staging, "copy_checked", slow_copy)
+    seen: list[Progress] = []
+
+    def meet(progress: Progress | None) -> list[Progress | None]:
+        assert progress
+        seen.append(progress)
+        return [progress]
+
+    stage_fields(index_of(root), tmp_path / "disk", node="n1", leads=True, meet=meet, say=print)
+    assert len(seen) >= 5 and seen[-1].finished
+    counts = [progress.copied for progress in seen]
+    assert counts == sorted(counts) and any(0 < count < FILES for count in counts) and counts[-1] == FILES

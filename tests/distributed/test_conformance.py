@@ -55,7 +55,7 @@ class Case:
 
 
 def table(world_size: int) -> list[Case]:
-    """Return every case; for three and four ranks every tenth."""
+    """Return every case; for three and four ranks about a tenth."""
     operations = [(name, reduction) for name in REDUCING for reduction in REDUCTIONS] + [(name, "") for name in MOVING]
     cases = [
         Case(name, dtype, size, layout, reduction)
@@ -65,7 +65,7 @@ def table(world_size: int) -> list[Case]:
         for layout in LAYOUTS
         if not (dtype == "bool" and reduction == "avg")
     ]
-    return cases[world_size % 10 :: 10] if world_size > 2 else cases
+    return cases[world_size::11] if world_size > 2 else cases  # 11 shares no factor with the table's columns
 
 
 def values(case: Case, rank: int, count: int) -> torch.Tensor:
@@ -201,17 +201,23 @@ def differing(case: Case, world_size: int, found: list[torch.Tensor], expected: 
     return False
 
 
+def gloo_can(case: Case) -> bool:
+    """Return whether gloo's answer is worth a look: torch 2.8's reads strided tensors as if they were not, and scatters nothing but sums."""
+    return case.layout == "contiguous" and not (case.operation.startswith("reduce_scatter") and case.reduction != "sum")
+
+
 def attempts(world_size: int, rank: int, gloo: dist.ProcessGroup) -> Iterator[tuple[Case, str]]:
-    """Yield every case with what is wrong with it: nothing, `ccl`, `gloo`, or that gloo has no such operation."""
+    """Yield every case with who was wrong about it, nobody, `ccl` or `gloo`, or that gloo has no such operation."""
     for case in table(world_size):
         expected = oracle(case, rank, world_size)
         yield case, "ccl" if differing(case, world_size, run(case, rank, world_size, dist.group.WORLD), expected) else ""
-        try:
-            found = run(case, rank, world_size, gloo)
-        except (RuntimeError, ValueError, AttributeError):
-            yield case, "not in gloo"
-            continue
-        yield case, "gloo" if differing(case, world_size, found, expected) else ""
+        if gloo_can(case):
+            try:
+                found = run(case, rank, world_size, gloo)
+            except (RuntimeError, ValueError, AttributeError):
+                yield case, "not in gloo"
+            else:
+                yield case, "gloo" if differing(case, world_size, found, expected) else ""
 
 
 def whole_table() -> dict:
@@ -228,4 +234,4 @@ def test_ccl_gloo_and_numpy_agree(world_size: int) -> None:
     """Every operation, dtype, size and layout gives the same through ccl, gloo and numpy."""
     for said in on_ranks(whole_table, world_size):
         assert said["value"]["wrong"] == []
-        assert said["value"]["counts"][""] > len(table(world_size))  # ccl did all of them, gloo a part
+        assert said["value"]["counts"][""] > 1.25 * len(table(world_size))  # ccl did all of them, gloo a part

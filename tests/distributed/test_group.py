@@ -69,7 +69,8 @@ def peer_dies(group: Group) -> None:
 
 def test_a_dead_peer_is_a_lost_rank() -> None:
     told = on_ranks(peer_dies, 2)
-    assert told[0]["error"] == "LostRank" and "rank 0 of 2: all_reduce failed" in told[0]["text"]
+    assert told[0]["error"] == "LostRank" and "rank 0 of 2: all_reduce #" in told[0]["text"]
+    assert "failed: rank 1 on" in told[0]["text"] and "is lost: not heard of for 3 s" in told[0]["text"]
     assert told[1] == {}
 
 

@@ -31,7 +31,8 @@ def test_xeon_a_rank_in_each_numa_node(tmp_path: Path) -> None:
 def test_spare_cores_are_the_last_of_each_node(tmp_path: Path) -> None:
     places = plan_places(read_machine(trees.xeon(tmp_path)), 4, MachineConfig(spare_cores=2))
     assert all(place.threads == 8 for place in places)
-    assert [[core.cpus[0] for core in place.spare] for place in places] == [[8, 9], [19, 18], [28, 29], [39, 38]]
+    assert [[core.cpus[0] for core in place.spare] for place in places] == [[8, 9], [18, 19], [28, 29], [38, 39]]
+    assert all(place.workers == (8, 19, 28, 39) for place in places)
 
 
 def test_desktop_two_ranks_on_one_node(tmp_path: Path) -> None:
@@ -46,6 +47,14 @@ def test_two_cores(tmp_path: Path) -> None:
     assert [(place.threads, place.cpus) for place in plan_places(found, 2, MachineConfig())] == [(1, {0}), (1, {1})]
     with pytest.raises(ConfigError, match=r"machine.spare_cores must leave cores.*Got 2 for each of 1 NUMA nodes, and 2 cores"):
         plan_places(found, 1, MachineConfig(spare_cores=2))
+
+
+def test_a_core_that_does_not_divide_is_spare_to_all(tmp_path: Path) -> None:
+    places = plan_places(read_machine(trees.machine(tmp_path, [[[cpu] for cpu in range(7)]])), 2, MachineConfig())
+    assert [(place.threads, first_cpus(place), place.cpus) for place in places] == [
+        (3, [0, 1, 2], {0, 1, 2, 6}),
+        (3, [3, 4, 5], {3, 4, 5, 6}),
+    ]
 
 
 def test_more_ranks_than_cores_share_them(tmp_path: Path) -> None:

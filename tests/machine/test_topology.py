@@ -81,7 +81,8 @@ def test_limits_of_version_1_seen_from_the_host_and_from_the_container(tmp_path:
 
 
 def test_a_group_outside_the_namespace_shows_the_limits_of_the_mount(tmp_path: Path) -> None:
-    root = trees.write(trees.two_cores(tmp_path), {"proc/self/cgroup": "0::/../other", "sys/fs/cgroup/cpu.max": "100000 100000"})
+    limits = {"sys/fs/cgroup/cpu.max": "100000 100000", "sys/fs/other/cpu.max": "50000 100000"}
+    root = trees.write(trees.two_cores(tmp_path), {"proc/self/cgroup": "0::/../other"} | limits)
     assert read_machine(root).quota == 1
 
 

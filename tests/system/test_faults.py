@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from hcsdl.commands.compose import compose_command
 from hcsdl.commands.train import open_run_folder, prepare_run
 from hcsdl.distributed.launcher import Forwarder, supervise
 from hcsdl.training.checkpoint import list_checkpoints, load_newest
+from hcsdl.training.run_folder import RunFolder
 from tests import runs
 from tests.forked import Forked, start_ranks, start_ranks_on
 from tests.namespaces import Host, two_hosts
@@ -72,7 +74,7 @@ def wait_for_step(ranks: list[Forked], folder: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-def raise_at_step_5() -> None:
+def at_step_5(fault: Callable[[], None]) -> None:
     """Give this rank a bug."""
     from hcsdl.training import loop
 
@@ -80,15 +82,25 @@ def raise_at_step_5() -> None:
 
     def train_step(parts: object, batches: object, step: int, save_due: bool) -> object:
         if step == 5:
-            raise ValueError("a bug of this rank")
+            fault()
         return sound(parts, batches, step, save_due)
 
     loop.train_step = train_step
 
 
+def raise_an_error() -> None:
+    raise ValueError("a bug of this rank")
+
+
+def hang() -> None:
+    time.sleep(1000)
+
+
+BUGS = {"raises": partial(at_step_5, raise_an_error), "hangs in Python": partial(at_step_5, hang)}
 FAULTS = {
-    "killed": lambda ranks, hosts: ranks[1].send_signal(signal.SIGKILL),
     "raises": lambda ranks, hosts: None,
+    "hangs in Python": lambda ranks, hosts: None,
+    "killed": lambda ranks, hosts: ranks[1].send_signal(signal.SIGKILL),
     "stalls": lambda ranks, hosts: ranks[1].send_signal(signal.SIGSTOP),
     "link down": lambda ranks, hosts: hosts[1].cut(),
     "node gone": lambda ranks, hosts: hosts[1].vanish(),
@@ -102,14 +114,16 @@ def test_the_other_rank_ends_with_5_and_a_restart_gives_the_undisturbed_weights(
 ) -> None:
     expected = alone(backend, 2)
     folder, said = tmp_path / "run", tmp_path / "output"
-    first = {1: raise_at_step_5} if fault == "raises" else {}
-    ranks = start_ranks_on(hosts, words(tiny_plates, folder, backend), 1, said, first)
+    first = {1: BUGS[fault]} if fault in BUGS else {}
+    ranks = start_ranks_on(hosts, words(tiny_plates, folder, backend, "distributed.timeout_s=20"), 1, said, first)
     wait_for_step(ranks, folder, 3)
     FAULTS[fault](ranks, hosts)
     assert ranks[0].wait(LIMIT_S) == 5, ranks[0].said()
     assert "rank 1 on node-b (last collective heard of: a" in ranks[0].said()
     if fault == "raises":
         assert ranks[1].wait(LIMIT_S) == 1 and "has left the run: a bug of this rank" in ranks[0].said()
+    if fault == "hangs in Python":
+        assert ranks[1].wait(LIMIT_S) == 5 and "did not come as far" in ranks[0].said()
     if fault == "link down":
         assert ranks[1].wait(LIMIT_S) == 5 and "rank 0 on node-a (last collective heard of: a" in ranks[1].said()
         hosts[1].mend()
@@ -121,6 +135,27 @@ def test_the_other_rank_ends_with_5_and_a_restart_gives_the_undisturbed_weights(
     for rank in ranks:
         assert rank.wait(150) == 0, rank.said()
     assert runs.summary(folder)["resumed"] and runs.digest(folder) == expected
+
+
+def hang_while_preparing() -> None:
+    from hcsdl.commands import train
+
+    def prepare_run(config: object, folder: RunFolder) -> None:
+        (folder.path / "preparing").touch()
+        hang()
+
+    train.prepare_run = prepare_run
+
+
+def test_a_node_that_is_gone_while_it_prepares_the_run_is_missed_too(tiny_plates: Path, tmp_path: Path, hosts: tuple[Host, Host]) -> None:
+    ranks = start_ranks_on(hosts, words(tiny_plates, tmp_path / "run", "gloo"), 1, tmp_path / "output", {0: hang_while_preparing})
+    while not (tmp_path / "run" / "preparing").exists():
+        assert all(rank.poll() is None for rank in ranks), ranks[0].said() + ranks[1].said()
+        time.sleep(0.05)
+    time.sleep(SILENCE_S / 2)  # several beats: rank 1 knows by now who is where
+    hosts[0].vanish()
+    assert ranks[1].wait(LIMIT_S) == 5
+    assert "rank 0 on node-a (last collective heard of: none) is lost" in ranks[1].said()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

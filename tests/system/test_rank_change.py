@@ -51,4 +51,4 @@ def test_losses_go_on_as_if_the_number_of_ranks_had_never_changed(tiny_plates: P
     for name in ("run", "shrunk"):
         found = losses(tmp_path / name)
         print(f"{name}: largest relative difference of a loss", max(abs(found[step] / loss - 1) for step, loss in expected.items()))
-        assert found == pytest.approx(expected, rel=1e-5), name
+        assert found == pytest.approx(expected, rel=2e-6), name

@@ -31,8 +31,8 @@ def test_time_is_that_of_steps_and_of_forward_passes() -> None:
 def test_the_sentence_names_steps_time_end_and_memory() -> None:
     said = prediction(3520, 7800, NOW, 31.04, 384.0)
     assert said == "predicted: 3,520 steps in 2 h 10 min, done about Tue 14:05; peak memory about 31 of 384 GiB a node"
-    assert prediction(1, 45, NOW, 0.52, 15.6).startswith(
-        "predicted: 1 step in 45 s, done about Tue 11:55; peak memory about 0.52 of 16 GiB"
+    assert prediction(1, 45, NOW, 0.5234, 1007.4).startswith(
+        "predicted: 1 step in 45 s, done about Tue 11:55; peak memory about 0.523 of 1007 GiB"
     )
 
 
@@ -57,7 +57,7 @@ def test_a_job_that_is_too_short_says_how_often_it_must_be_requeued() -> None:
     (said,) = objections(9.5 * 3600, 3600, 4 * 3600, NOW, 31, 384)
     assert "It needs 9 h 30 min and Slurm ends the job in 1 h 0 min, about Tue 12:55" in said
     assert "requeued about 3 times, each going on for up to 4 h 0 min from the last checkpoint" in said
-    assert "requeued about 1 time," in objections(3601, 3600, 3600, NOW, 31, 384)[0]
+    assert "requeued about 1 time," in objections(3601, 3600, 4 * 3600, NOW, 31, 384)[0]
 
 
 def test_ranks_that_do_not_fit_say_what_would_help() -> None:

@@ -29,6 +29,23 @@ def test_second_writer_is_refused_and_a_dead_ones_lock_taken_over(tmp_path: Path
     folder.check_newest()
 
 
+def test_a_job_takes_the_folder_over_from_its_own_earlier_start_alone(tmp_path: Path) -> None:
+    hold = HOLD.replace("f.acquire()", "f.acquire(('12', 1))")
+    process = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "1\n"
+    earlier, folder = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    earlier.join()
+    for other in (("", 0), ("13", 2), ("12", 1), ("12", 0)):
+        with pytest.raises(ConfigError, match="is in use by"):
+            folder.acquire(other)
+    assert folder.acquire(("12", 2)) == 2
+    folder.check_newest()
+    with pytest.raises(ConfigError, match="only the newest attempt may save"):
+        earlier.check_newest()
+    process.kill()
+    process.wait()
+
+
 def test_an_older_attempt_must_not_save(tmp_path: Path) -> None:
     first, rank, second = RunFolder(tmp_path), RunFolder(tmp_path), RunFolder(tmp_path)
     first.acquire()

@@ -17,6 +17,7 @@ from hcsdl.distributed.oneccl.api import CclError
 from hcsdl.distributed.oneccl.settings import Place
 
 TELL_S = 1.0  # how often a rank tells how far it has come; also what the answer of a store that may be gone is waited for
+STOP_S = 5.0  # the interpreter must not end while the thread is inside the store's code, unless the store hangs; a guess
 NAMED = 8  # of many missing ranks so many are named
 
 
@@ -97,7 +98,7 @@ class Progress:
         """Tell a last time, and nothing more."""
         self._ended.set()
         self._asked.set()
-        self._thread.join(TELL_S)
+        self._thread.join(STOP_S)
 
     def _talk(self) -> None:
         try:

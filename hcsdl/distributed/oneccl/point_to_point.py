@@ -58,6 +58,10 @@ class PointToPoint:
         except RuntimeError as error:
             self._failure = str(error)
 
+    def close(self) -> None:
+        """Part with the others."""
+        self._gloo, self._failure = None, "the process group has been destroyed"
+
     def send(self, tensor: torch.Tensor, peer: int, tag: int) -> PairWork:
         """Send to rank `peer`."""
         label, buffer = self._ready(f"send to rank {peer}", tensor)

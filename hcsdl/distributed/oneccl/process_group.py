@@ -243,6 +243,7 @@ class ProcessGroupCCL(dist.ProcessGroup):
             return
         self._closed = True
         self._progress.stop()
+        self._pairs.close()
         with suppress(CclError):
             self._issue("end of oneCCL", None, self._on.close, []).wait(timedelta(seconds=LEAVE_S))
         if self._is_default:
@@ -250,12 +251,12 @@ class ProcessGroupCCL(dist.ProcessGroup):
 
     def _leave_store(self) -> None:
         """Take leave in the store, so that nobody misses this rank; rank 0 waits for the others, because the store goes with it."""
+        heartbeat.take_leave()
         keys = [f"left/{rank}" for rank in range(self.size())]
         with suppress(dist.DistError):
             self._store.set(keys[self.rank()], "")
             if self.rank() == 0:
                 self._store.wait(keys, timedelta(seconds=LEAVE_S))
-        heartbeat.take_leave()
 
     def getBackendName(self) -> str:
         """Return `ccl`."""

@@ -128,7 +128,8 @@ class Lane:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._call, daemon=True, name="oneccl")  # daemon: it may be stuck for good
         self._thread.start()
-        threading.Thread(target=self._watch, daemon=True, name="oneccl-watch").start()
+        self._watcher = threading.Thread(target=self._watch, daemon=True, name="oneccl-watch")
+        self._watcher.start()
         atexit.register(self.close)
 
     def submit(self, work: Work) -> Work:
@@ -159,6 +160,7 @@ class Lane:
         self._queue.put(None)
         if self._running is None or self.broken is None:
             self._thread.join(CLOSE_S)
+        self._watcher.join(CLOSE_S)
         if self._thread.is_alive():
             log.error("hcsdl: %s", self.broken or f"{self._running[0].label if self._running else 'a collective'} was never done.")
             logging.shutdown()
@@ -177,14 +179,18 @@ class Lane:
             else:
                 work.finish(self.broken)
             self._running = None
+            del work  # and with it perhaps a process group, which must not live until this thread is torn down
 
     def _watch(self) -> None:
         while not self._ended.wait(WATCH_S):
-            running = self._running
-            if running is not None and self.broken is None and time.monotonic() - running[1] > running[0].timeout_s:
-                sentence = running[0].overdue(running[0])
-                if self._running is running:  # it may have been done while the others were asked
-                    self.fail(sentence)
+            self._look()
+
+    def _look(self) -> None:
+        running = self._running
+        if running is not None and self.broken is None and time.monotonic() - running[1] > running[0].timeout_s:
+            sentence = running[0].overdue(running[0])
+            if self._running is running:  # it may have been done while the others were asked
+                self.fail(sentence)
 
 
 _lane: Lane | None = None
