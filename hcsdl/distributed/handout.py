@@ -20,16 +20,15 @@ from hcsdl.distributed.identity import Identity
 
 PREPARING = timedelta(days=2)  # rank 0 may have many plates to look at first
 HEARD_S = 10.0  # what ranks that wait for an answer have to read it; a guess
+# What tells one start from another: two clusters may give a host's port to one job each, and torchrun's store outlives the ranks.
+START = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 _kept: list[dist.Store] = []  # rank 0's end of the store must outlive what the others read from it
 
 
 def shared_store(timeout_s: float) -> dist.Store:
-    """Return the store in which all ranks of this start meet. Raises RuntimeError where they do not within `timeout_s`.
-
-    torchrun's outlives the ranks: without a part of its own, a start after the first would read what the one before has left.
-    """
+    """Return the store in which all ranks of this start, and no others, meet. Raises RuntimeError where they do not within `timeout_s`."""
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(" ".join(["start", *(os.environ.get(name, "0") for name in START)]), store)
 
 
 def hand_out(identity: Identity, asked: Mapping[str, object], make: Callable[[], str], timeout_s: float, silence_s: float) -> str:
