@@ -146,7 +146,9 @@ class DataConfig(Checked):
     on_bad_image: str = option(
         "raise", "raise: stop at an unreadable image; skip: leave the field out, count and list it", choices=("raise", "skip")
     )
-    stage: Optional[str] = option(None, "folder on the node's own disk; fields are copied there once and read from there; null: read plates.root")
+    stage: Optional[str] = option(
+        None, "folder on the node's own disk; fields are copied there once and read from there; null: read plates.root"
+    )
     max_bad_fields: int = option(20, "more unreadable fields than this stop the run, with on_bad_image=skip", unit="fields", low=0)
 
 
@@ -185,8 +187,12 @@ class DistributedConfig(Checked):
         choices=("auto", "ccl", "gloo", "nccl"),
     )
     ranks: Optional[int] = option(None, "ranks on this machine; null: one a NUMA node, two where there is one node of several cores", low=1)
-    interface: Optional[str] = option(None, "network interface the ranks talk over, e.g. ib0; null: the one the first rank's host is reached by")
-    bucket_mib: float = option(25.0, "gradients are averaged in buckets of this size while the backward pass goes on", unit="MiB", above=0, high=1e5)
+    interface: Optional[str] = option(
+        None, "network interface the ranks talk over, e.g. ib0; null: the one the first rank's host is reached by"
+    )
+    bucket_mib: float = option(
+        25.0, "gradients are averaged in buckets of this size while the backward pass goes on", unit="MiB", above=0, high=1e5
+    )
     gradient_dtype: str = option("fp32", "what gradients are sent as; bf16: half the bytes, rounded", choices=("fp32", "bf16"))
     timeout_s: float = option(600.0, "a collective or rendezvous that takes longer means a lost rank", unit="s", above=0, high=1e6)
     silence_s: float = option(30.0, "a rank not heard of for so long is lost", unit="s", low=1, high=1e6)
@@ -261,12 +267,12 @@ class BenchCommConfig(Checked):
     """What `hcsdl bench comm` measures."""
 
     output: Optional[str] = option(None, "folder for the results; null: a new one, bench/<date>_<time>_comm")
-    backends: List[str] = option(["gloo", "ccl"], "libraries to compare; one that cannot be used is listed with the reason", choices=("gloo", "ccl"))
+    backends: List[str] = option(
+        ["gloo", "ccl"], "libraries to compare; one that cannot be used is listed with the reason", choices=("gloo", "ccl")
+    )
     operations: List[str] = option(["all_reduce"], "collectives", choices=("all_reduce", "broadcast", "all_gather"))
     dtypes: List[str] = option(["fp32", "bf16"], "element types", choices=("fp32", "bf16"))
-    sizes_kib: List[int] = option(
-        [1, 8, 64, 1024, 8192, 25600, 102400, 262144], "sizes of the whole buffer", unit="KiB", low=1, high=2**24
-    )
+    sizes_kib: List[int] = option([1, 8, 64, 1024, 8192, 25600, 102400, 262144], "sizes of the whole buffer", unit="KiB", low=1, high=2**24)
     rounds: int = option(10, "rounds; in each every size is timed 20 times (to 64 KiB), 5 times (to 4 MiB) or once", low=1)
 
     @classmethod
@@ -296,10 +302,14 @@ class BenchScaleConfig(Checked):
     ranks_per_node: Optional[int] = option(None, "ranks on each of them; null: as here", low=1)
     cores_per_rank: Optional[int] = option(None, "cores of each rank; null: as many as threads here", low=1)
     mini_batch: Optional[int] = option(None, "fields a rank and step to predict; null: the largest measured", unit="fields", low=1)
-    bandwidth_gbit_s: Optional[float] = option(None, "a node's link; null: measured, which takes ranks on two hosts", unit="Gbit/s", above=0)
+    bandwidth_gbit_s: Optional[float] = option(
+        None, "a node's link; null: measured, which takes ranks on two hosts", unit="Gbit/s", above=0
+    )
     latency_us: Optional[float] = option(None, "time of the shortest message between nodes; null with bandwidth null", unit="µs", above=0)
     core_speed: List[float] = option([1.0], "speed of a core among cores_per_rank against one here: one value, or low and high", above=0)
-    network_efficiency: List[float] = option([1.0], "share of bandwidth_gbit_s that is reached: one value, or low and high", above=0, high=1)
+    network_efficiency: List[float] = option(
+        [1.0], "share of bandwidth_gbit_s that is reached: one value, or low and high", above=0, high=1
+    )
     images: int = option(10104, "fields of the training set whose time is predicted", unit="fields", low=1)
     epochs: float = option(22.0, "passes over them", unit="epochs", above=0)
 
@@ -320,7 +330,9 @@ class BenchScaleConfig(Checked):
         if len(self.image_px) != 2 or not self.mini_batches or not self.models or not self.nodes:
             raise ConfigError("bench.image_px must be rows and columns, and bench.models, mini_batches and nodes must not be empty.")
         if len(set(self.mini_batches)) == 1 and self.mini_batch not in (None, self.mini_batches[0]):
-            raise ConfigError(f"bench.mini_batch={self.mini_batch} can be predicted from two bench.mini_batches or itself. Got {self.mini_batches}.")
+            raise ConfigError(
+                f"bench.mini_batch={self.mini_batch} can be predicted from two bench.mini_batches or itself. Got {self.mini_batches}."
+            )
 
 
 @dataclass
@@ -331,14 +343,18 @@ class ScoreConfig(Checked):
     names: List[str] = option([], "names of the tables; tables of one name are runs of one method; empty: taken from run folders and files")
     control: str = option("DMSO", "compound name of the negative control")
     columns: List[str] = option([], "Metadata_Plate:Its_Name pairs, for metadata columns of another name")
-    features: List[str] = option([], "beginnings of the feature columns; empty: Embedding_, else CellProfiler's compartments, else all other numbers")
+    features: List[str] = option(
+        [], "beginnings of the feature columns; empty: Embedding_, else CellProfiler's compartments, else all other numbers"
+    )
     query: Optional[str] = option(None, "pandas expression over the table's columns that selects rows; null: all")
     pipeline: List[str] = option(
         ["standardise_control"],
         "normalisation steps, in turn, of the scores; the ladder of usual ones is always printed too",
         choices=NORMALISATIONS,
     )
-    regularisation: float = option(0.01, "share of the mean eigenvalue added to the controls' covariance before sphering and TVN", low=0, high=100)
+    regularisation: float = option(
+        0.01, "share of the mean eigenvalue added to the controls' covariance before sphering and TVN", low=0, high=100
+    )
     target: Optional[str] = option(None, "metadata column that Prob_<class> predict; null: the one the classes' names occur in")
     folds: bool = option(False, "the tables are the folds of plates.split=compound_folds: merge their held-out compounds")
     draws: int = option(10_000, "draws of compounds for intervals and p-values", low=100, high=1_000_000)

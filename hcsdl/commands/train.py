@@ -92,7 +92,9 @@ def _run_as_rank(config: TrainCommand, identity: Identity) -> int:
             prepare_run(config, folder)
         return json.dumps({"run_dir": str(folder.path.resolve())})
 
-    asked = {key: _value(config, key) for key in settings(type(config))} | {f"the version of {name}": text for name, text in versions().items()}
+    asked = {key: _value(config, key) for key in settings(type(config))} | {
+        f"the version of {name}": text for name, text in versions().items()
+    }
     try:
         with Forwarder():  # which has nobody to pass a signal on to: it raises Stop
             told = json.loads(hand_out(identity, asked, compose_once, config.distributed.timeout_s, config.distributed.silence_s))

@@ -1,0 +1,249 @@
+"""`hcsdl score`: everything it says and writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hcsdl.commands.cli import main
+from hcsdl.config import PlatesConfig
+from tests.profiles.screens import draw_wells
+from tests.profiles.test_predictions import draw_probabilities, folds
+from tests.profiles.test_provenance import write_run
+
+pytestmark = pytest.mark.xeon_only
+FAST = ("score.draws=500", "score.null_size=500")
+
+
+def whole_table(seed: int = 0, effect: float = 1.0) -> pd.DataFrame:
+    """Return a table as `hcsdl embed` would write it: metadata, embedding, probabilities, simple features."""
+    table = draw_wells(sites=2, effect=effect, batch_effect=1.5)
+    rng = np.random.default_rng(seed)
+    table = pd.concat([table, draw_probabilities(table, seed).add_prefix("Prob_")], axis=1)
+    return table.assign(
+        Metadata_Split=np.where(table["Metadata_Plate"].str.endswith("2"), "val", "train"),
+        Intensity_DAPI_Mean=rng.normal(size=len(table)),
+        Intensity_Actin_Mean=rng.normal(size=len(table)),
+        Count_Nuclei=rng.integers(20, 60, len(table)),
+    )
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tables") / "table.parquet"
+    whole_table().to_parquet(path)
+    return path
+
+
+def score(folder: Path, profiles: object, *words: str, code: int = 0) -> dict:
+    """Score in this process and return scores.json."""
+    assert main(["score", f"profiles={profiles}", f"score.output={folder}", *FAST, *words]) == code
+    return json.loads((folder / "scores.json").read_text()) if code == 0 else {}
+
+
+def test_one_table(tmp_path, table, capsys):
+    """Every count, the ladder, baselines, mechanisms, precision and predictions are printed, and stand in the files."""
+    result = score(tmp_path, table)
+    out = capsys.readouterr().out
+    for phrase in (
+        "252 in, 252 used, 126 wells",
+        "features  12 in, 12 usable",
+        "leak unknown",
+        "baseline cell count",
+        "baseline intensity",
+        "* standardise_control ",
+        "tvn",
+        "NSCB by mechanism",
+        "mean average precision of MoA",
+        "mean average precision of replicates",
+        "calibration_error",
+        "table [leak unknown] − baseline: intensity",
+    ):
+        assert phrase in out
+    (one,) = result["tables"]
+    assert result["schema_version"] == 1 and one["counts"]["wells"] == 126
+    assert len(one["ladder"]) == 10 and sum(rung["chosen"] for rung in one["ladder"]) == 1
+    chosen = next(rung for rung in one["ladder"] if rung["chosen"])
+    treatments = pd.read_csv(tmp_path / "treatments.csv")
+    own = treatments[treatments["Method"] == "table"]
+    for rule in ("NSC", "NSCB"):
+        figures = one["nearest"][rule]
+        assert figures["accuracy"] == chosen[rule] == pytest.approx(own[f"{rule}_Hit"].mean())
+        assert figures["low"] <= figures["accuracy"] <= figures["high"] and figures["treatments"] == 24
+        assert np.trace(one["by_moa"][rule]["confusion"]) == own[f"{rule}_Hit"].sum()
+    assert {(p["split"], p["unit"]) for p in one["predictions"]} == {(s, u) for s in ("train", "val") for u in ("fields", "wells")}
+    assert {(c["rule"], c["second"]) for c in result["comparisons"]} == {
+        (rule, f"baseline: {name}") for rule in ("NSC", "NSCB") for name in ("cell count", "intensity")
+    }
+    assert all(c["low"] <= c["value"] <= c["high"] and 0 < c["p_value"] <= 1 for c in result["comparisons"])
+    profiles = pd.read_parquet(tmp_path / "profiles_table.parquet")
+    assert len(profiles) == 24 and profiles["Metadata_Wells"].eq(3).all() and sum(c.startswith("Embedding_") for c in profiles) == 12
+    assert set(pd.read_csv(tmp_path / "precision.csv")["Kind"]) == {"MoA", "replicates"}
+
+
+def test_twice_is_the_same(tmp_path, table):
+    assert score(tmp_path / "a", table) == score(tmp_path / "b", table)
+
+
+def test_normalisation_helps_where_batches_differ_and_the_better_table_wins(tmp_path):
+    """What the scores are for: a strong batch effect ruins NSCB as it is, and scaling mends it; noise is told from signal."""
+    draw_wells(effect=1.0, batch_effect=4.0).to_parquet(tmp_path / "good.parquet")
+    draw_wells(effect=0.0, batch_effect=4.0).to_csv(tmp_path / "noise.csv", index=False)
+    result = score(tmp_path / "out", f"[{tmp_path}/good.parquet,{tmp_path}/noise.csv]")
+    ladder = {rung["pipeline"]: rung for rung in result["tables"][0]["ladder"]}
+    assert ladder["none"]["NSC"] < 0.5 and ladder["standardise_control"]["NSC"] > 0.9
+    assert ladder["none"]["batch_effect"] > 0.5 > ladder["standardise_control"]["batch_effect"]
+    nsc = next(c for c in result["comparisons"] if c["rule"] == "NSC")
+    assert (nsc["first"], nsc["second"]) == ("good", "noise") and nsc["low"] > 0 and nsc["p_value"] < 0.05
+
+
+def test_leak_is_marked_in_every_output(tmp_path, capsys):
+    runs = {}
+    for name, target in (("moa", "MoA"), ("treatment", "Treatment")):
+        runs[name] = write_run(tmp_path / name, target=target, train=("compound 0a", "compound 1b", "DMSO"))
+        whole_table(effect=2.0 if name == "moa" else 1.0).to_parquet(runs[name])
+    result = score(tmp_path / "out", f"[{runs['treatment']},{runs['moa']}]")
+    out = capsys.readouterr().out
+    assert [t["leak"]["kind"] for t in result["tables"]] == ["compounds", "moa"]
+    assert "LEAKY: the network was trained on the mechanisms of 2 of the 12 scored compounds." in out
+    assert "treatment − moa [LEAKY]" in out
+    leaky = out[out.index("\nmoa\n") : out.index("paired differences")]
+    lines = [line for line in leaky.splitlines() if line.startswith(("NSC", "normalisation", "mean average", "predicted"))]
+    assert len(lines) == 8 and all("[LEAKY]" in line for line in lines)
+    assert [(c["first_leak"], c["second_leak"]) for c in result["comparisons"] if c["second"] == "moa"] == [("", "LEAKY")] * 2
+    for name in ("treatments.csv", "ladder.csv", "precision.csv"):
+        saved = pd.read_csv(tmp_path / "out" / name, keep_default_na=False)
+        learned = saved[~saved["Method"].isin(["cell count", "intensity"])] if "Method" in saved else saved
+        assert set(zip(learned["Table"], learned["Leak"], strict=True)) == {("treatment", ""), ("moa", "LEAKY")}
+
+
+def test_runs_of_one_method_have_a_spread_and_are_compared_together(tmp_path):
+    paths = []
+    for seed in range(3):
+        paths.append(write_run(tmp_path / f"seed{seed}", target="Treatment", seed=seed))
+        table = whole_table()
+        embedding = table.filter(like="Embedding_")
+        noise = 1.5 * np.random.default_rng(seed).normal(size=embedding.shape)
+        table.assign(**(embedding + noise)).to_parquet(paths[-1])
+    draw_wells(effect=0.2).to_parquet(tmp_path / "other.parquet")
+    result = score(tmp_path / "out", f"[{','.join(map(str, [*paths, tmp_path / 'other.parquet']))}]")
+    accuracies = [t["nearest"]["NSC"]["accuracy"] for t in result["tables"]]
+    spread = next(s for s in result["spreads"] if s["rule"] == "NSC")
+    assert (spread["runs"], spread["mean"], spread["sd"]) == (
+        3,
+        pytest.approx(np.mean(accuracies[:3])),
+        pytest.approx(np.std(accuracies[:3], ddof=1)),
+    )
+    found = next(c for c in result["comparisons"] if c["rule"] == "NSC" and c["second"] == "other")
+    assert found["value"] == pytest.approx(np.mean(accuracies[:3]) - accuracies[3])
+    named = score(tmp_path / "named", f"[{paths[0]},{paths[1]}]", "score.names=[ours,ours]")
+    assert [t["name"] for t in named["tables"]] == ["ours (1)", "ours (2)"] and not named["spreads"]
+    assert all(c["second"].startswith("baseline") for c in named["comparisons"])
+
+
+def test_merged_folds(tmp_path, capsys):
+    rows = draw_wells(sites=3, batches=3, plates_per_batch=1)
+    paths = []
+    for name, labelled, probabilities in folds(rows):
+        paths.append(tmp_path / f"{name[-1]}.parquet")
+        pd.concat([labelled, probabilities.add_prefix("Prob_")], axis=1).to_parquet(paths[-1])
+    result = score(tmp_path / "out", f"[{','.join(map(str, paths))}]", "score.folds=true")
+    fields, wells = result["folds"]["figures"]
+    assert fields["unit"] == "fields" and fields["number"] == 72 and wells["number"] == 24 and wells["compounds"] == 12
+    assert fields["low"] < fields["accuracy"] < fields["high"] and "3 folds, 12 compounds, each held out once" in capsys.readouterr().out
+    assert main(["score", f"profiles=[{paths[0]},{paths[1]}]", "score.folds=true", f"score.output={tmp_path}/out"]) == 3
+    assert "4 of 12 are in none" in capsys.readouterr().err
+
+
+def test_folds_of_runs_are_told_apart_by_their_settings(tmp_path, capsys):
+    rows = draw_wells(batches=3, plates_per_batch=1)
+    paths = []
+    for number, (_, labelled, probabilities) in enumerate(folds(rows)):
+        paths.append(write_run(tmp_path / str(number), plates=PlatesConfig(root="x", split="compound_folds", fold=number)))
+        pd.concat([labelled, probabilities.add_prefix("Prob_")], axis=1).to_parquet(paths[-1])
+    score(tmp_path / "out", f"[{','.join(map(str, paths))}]", "score.folds=true")
+    for chosen, sentence in (([0, 2], "Of 3, plates.fold=1 is missing"), ([0, 1, 1], "plates.fold is 0, 1, 1 in the runs")):
+        score(tmp_path / "out", f"[{','.join(str(paths[n]) for n in chosen)}]", "score.folds=true", code=3)
+        assert sentence in capsys.readouterr().err
+    other = write_run(tmp_path / "other", plates=PlatesConfig(root="x"))
+    pd.read_parquet(paths[0]).to_parquet(other)
+    score(tmp_path / "out", f"[{other},{paths[1]},{paths[2]}]", "score.folds=true", code=3)
+    assert "must have plates.split=compound_folds. other has random_well" in capsys.readouterr().err
+
+
+def test_features_of_unknown_origin_are_not_taken_for_classical(tmp_path, capsys):
+    for beginning, kind in (("Cells_", "none"), ("efficientnet_", "unknown")):
+        table = draw_wells().rename(columns=lambda name, start=beginning: name.replace("Embedding_", start))
+        table.to_csv(tmp_path / "other.csv", index=False)
+        assert score(tmp_path / "out", tmp_path / "other.csv")["tables"][0]["leak"]["kind"] == kind
+
+
+def test_unlabelled_and_one_treatment_a_mechanism(tmp_path, capsys):
+    """What cannot be scored is said; what can still is."""
+    draw_wells().drop(columns=["Metadata_MoA", "Metadata_Batch"]).assign(Prob_x=1.0).to_parquet(tmp_path / "bare.parquet")
+    result = score(tmp_path / "out", tmp_path / "bare.parquet")
+    out = capsys.readouterr().out
+    assert "nothing that needs mechanisms of action is scored" in out and "nothing that needs batches is scored" in out
+    assert "Predictions are not scored: Prob_* columns must be named by classes" in out
+    assert "tvn: not possible. TVN must have a Metadata_Batch" in out
+    assert set(result["tables"][0]["mean_average_precision"]) == {"replicates"} and "nearest" not in result["tables"][0]
+    lonely = draw_wells(compounds_per_moa=1, concentrations=(1.0,))
+    lonely.to_parquet(tmp_path / "lonely.parquet")
+    result = score(tmp_path / "out", tmp_path / "lonely.parquet")
+    assert result["tables"][0]["nearest"]["NSC"]["accuracy"] is None and len(result["tables"][0]["nearest"]["NSC"]["dropped"]) == 4
+    assert "NSC  cannot be: no treatment has a mechanism in common" in capsys.readouterr().out
+
+
+def test_plate_without_controls_stops_the_default_and_not_the_ladder(tmp_path, capsys):
+    table = draw_wells()
+    bare = table[(table["Metadata_Compound"] != "DMSO") | (table["Metadata_Plate"] != "Week1_1")]
+    bare.to_parquet(tmp_path / "bare.parquet")
+    score(tmp_path / "out", tmp_path / "bare.parquet", code=3)
+    assert "Every plate must have at least two control wells" in capsys.readouterr().err
+    result = score(tmp_path / "out", tmp_path / "bare.parquet", "score.pipeline=[standardise_all]")
+    problems = {rung["pipeline"]: rung["problem"] for rung in result["tables"][0]["ladder"]}
+    assert "at least two control wells" in problems["standardise_control"] and problems["standardise_all"] is None
+    assert "standardise_control: not possible." in capsys.readouterr().out
+
+
+def test_own_pipeline_is_a_rung(tmp_path, table):
+    result = score(tmp_path, table, "score.pipeline=[robust_control,sphere_zca]", "score.regularisation=0.5")
+    rung = result["tables"][0]["ladder"][-1]
+    assert rung["chosen"] and rung["pipeline"] == "robust_control + sphere_zca" and len(result["tables"][0]["ladder"]) == 11
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "profiles must be a table, or several"),
+        (["profiles=7"], "profiles must be a file"),
+        (["profiles=[nowhere.csv]"], "nowhere.csv is no file"),
+        (["profiles=TABLE", "score.pipeline=[whiten]"], "score.pipeline must be one of"),
+        (["profiles=TABLE", "score.names=[a,b]"], "score.names must name each of the 1 tables"),
+        (["profiles=TABLE", "score.features=[Nuclei_]"], "has no column Nuclei_"),
+        (["profiles=TABLE", "score.output=TABLE"], "score.output must be a folder"),
+        (["profiles=[TABLE,TABLE]", "score.names=[a,b]", "score.folds=true"], "must hold compounds out whole"),
+    ],
+)
+def test_refused(tmp_path, monkeypatch, table, capsys, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert main(["score", *(word.replace("TABLE", str(table)) for word in words)]) in (2, 3)
+    err = capsys.readouterr().err
+    assert sentence in err and err.count("\n") == 1
+
+
+def test_never_imports_torch(tmp_path, table):
+    """In a process of its own, through everything it does; nor scikit-learn, pycytominer or copairs, which would make it slow to start."""
+    script = (
+        "import sys; from hcsdl.commands.cli import main; code = main(sys.argv[1:]);"
+        "print(sorted({'torch', 'sklearn', 'pycytominer', 'copairs', 'matplotlib'} & set(sys.modules)), code)"
+    )
+    words = ["score", f"profiles={table}", f"score.output={tmp_path}", *FAST]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[] 0"
