@@ -20,6 +20,15 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["hcsdl.commands.run", "hcsdl.commands.train", "hcsdl.commands.rank", "torchmetrics", "tests.forked"])
 
 
+_started: list[Forked] = []
+
+
+def kill_what_is_left() -> None:
+    """Kill every process started so far that still runs."""
+    while _started:
+        _started.pop().kill()
+
+
 class Forked:
     """A process with the part of `subprocess.Popen` that a launcher uses."""
 
@@ -28,6 +37,7 @@ class Forked:
         self._process = processes.Process(target=_be, args=(list(words), dict(environment), output, first), daemon=False)
         self._process.start()
         self.pid = self._process.pid
+        _started.append(self)
 
     def poll(self) -> int | None:
         """Return the exit code, None while the process runs."""

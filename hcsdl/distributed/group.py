@@ -103,7 +103,9 @@ class Group:
             if isinstance(first, dict) and isinstance(other, dict):
                 keys = [key for key in first | other if first.get(key) != other.get(key)]
                 first, other = ({key: one.get(key) for key in keys} for one in (first, other))
-            raise ConfigError(f"every rank must have the same {what}. Rank 0 on {host} has {first!r}, rank {rank} on {other_host} has {other!r}.")
+            raise ConfigError(
+                f"every rank must have the same {what}. Rank 0 on {host} has {first!r}, rank {rank} on {other_host} has {other!r}."
+            )
 
     def choose_backend(self, model: torch.nn.Module, before: str = "") -> None:
         """With `distributed.backend=auto`, time all_reduces of the model's largest gradient bucket through gloo and oneCCL and keep the faster.

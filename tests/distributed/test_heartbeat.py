@@ -141,7 +141,10 @@ def test_silent_ranks_are_named_and_the_others_end_with_5(start: object, number:
     for rank in (1, 3):
         code, said = four.ended(rank)
         assert code == 5 and len(said) == 1
-        for lost in (f"rank 0 on {HOST} (last collective heard of: all_reduce #7)", f"rank 2 on {HOST} (last collective heard of: all_reduce #9)"):
+        for lost in (
+            f"rank 0 on {HOST} (last collective heard of: all_reduce #7)",
+            f"rank 2 on {HOST} (last collective heard of: all_reduce #9)",
+        ):
             assert lost in said[0] and lost in four.logged(rank)
         assert "rank 1" not in said[0] and "rank 3" not in said[0]
 

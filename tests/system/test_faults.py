@@ -26,13 +26,20 @@ from hcsdl.distributed.launcher import Forwarder, supervise
 from hcsdl.training.checkpoint import list_checkpoints, load_newest
 from hcsdl.training.run_folder import RunFolder
 from tests import runs
-from tests.forked import Forked, start_ranks, start_ranks_on
+from tests.forked import Forked, kill_what_is_left, start_ranks, start_ranks_on
 from tests.namespaces import Host, two_hosts
 
 LIMIT_S = 60
 SILENCE_S = 3
 BEST = "ccl" if any(importlib.metadata.distributions(name="oneccl")) else "gloo"
 SHORT, LONG = 2, 4  # epochs of 8 steps
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Ranks that a failed test has left behind end with it."""
+    yield
+    kill_what_is_left()
 
 
 @pytest.fixture
