@@ -31,12 +31,12 @@ from hcsdl.machine.topology import read_machine
 from hcsdl.models import build_model
 from hcsdl.models.weights import load_weights
 from hcsdl.plates.index import load_index
-from hcsdl.training.budget import evaluations_left, loader_gib, objections, predict_s, prediction
+from hcsdl.training.budget import evaluations_left, loader_gib, objections, optimizer_gib, predict_s, prediction
 from hcsdl.training.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_model_state, load_newest, save_checkpoint
 from hcsdl.training.journal import Journal, Silence
 from hcsdl.training.loop import Parts, State, train
 from hcsdl.training.objectives import build_objective
-from hcsdl.training.optimizers import build_optimizer
+from hcsdl.training.optimizers import SLOTS, build_optimizer
 from hcsdl.training.predict import buffers_swapped, predict
 from hcsdl.training.run_folder import SCHEMA_VERSION, RunFolder, write_atomically, write_json
 from hcsdl.training.step_time import probe
@@ -131,6 +131,8 @@ class Run:
             self.state = State(checkpoint.step, list(checkpoint.history), checkpoint.elapsed_s)
             if len(checkpoint.ranks) == self.group.world_size:
                 own = checkpoint.ranks[self.group.rank]
+                if said := self._elsewhere(checkpoint.ran_on):
+                    self._say(said)
             else:
                 self._say(self._other_ranks(len(checkpoint.ranks), model))
             self._say(f"resumed from step {checkpoint.step}" + (f" of {self.plan.resume_from}" if foreign else ""))
@@ -152,6 +154,19 @@ class Run:
             was, is_now = config.global_batch_size // before, config.global_batch_size // now
             text += f" but for batch normalisation, over {is_now} fields of a rank now and {was} before"
         return text + "."
+
+    def _ran_on(self) -> dict[str, str]:
+        """Return what decides a run's last bits, by name."""
+        return {
+            "kernels": f"{self.kernels.name} ({self.kernels.precision})",
+            "threads a rank": str(self.threads),
+            "processor": processor(),
+        }
+
+    def _elsewhere(self, before: dict[str, str]) -> str:
+        """Return what is different from the checkpoint's run, whose last bits this one will then not have; empty where nothing is."""
+        changed = [f"{what}: {now}, before {before[what]}" for what, now in self._ran_on().items() if before.get(what, now) != now]
+        return f"going on otherwise than begun, so not to the last bit ({'; '.join(changed)})." if changed else ""
 
     def _load_optimizer(self, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
         """Give `optimizer` a checkpoint's state; its settings stay this run's."""
@@ -253,6 +268,8 @@ class Run:
         mini = config.training.mini_batch_size or share
         ready = max(config.data.prefetch, share // mini) + share // mini  # those of the step in use come on top
         own_gib = peak_rss_gib() + loader_gib(ready, (mini, len(self.plan.channels), *self.plan.image_size))
+        if not self.optimizer.state:  # it comes with the first step
+            own_gib += optimizer_gib(sum(p.numel() for p in self.bare.parameters()), SLOTS[config.training.optimizer])
         job = this_job() if self.group.rank == 0 else None  # one question to Slurm, not one a rank
         told = self.group.all_gather_object((self.group.host, own_gib, memory_limit_gib(read_machine().memory_bytes), job))
         nodes = [
@@ -274,6 +291,7 @@ class Run:
     def _throw_away_pass(self) -> None:
         share = self.config.training.global_batch_size // self.group.world_size
         images = torch.zeros(self.config.training.mini_batch_size or share, len(self.plan.channels), *self.plan.image_size)
+        images = images.contiguous(memory_format=torch.channels_last)  # as the loader gives them
         with self.kernels.autocast():
             logits = self.model(images)
         self.objective.loss(logits, torch.zeros(len(images), dtype=torch.int64)).backward()
@@ -352,6 +370,7 @@ class Run:
                 config_hash=config_hash(self.config),
                 index_hash=self.plan.index_hash,
                 backend=self.group.backend,
+                ran_on=self._ran_on(),
                 sampler={"step": state.step, "seed": self.config.seed} | self.sampler.describe(),
             ),
             self.folder.checkpoints,

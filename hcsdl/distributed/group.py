@@ -7,6 +7,7 @@ lost, or a collective that outlasts `timeout_s`, raises `LostRank`.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -22,6 +23,13 @@ from hcsdl.distributed.heartbeat import Heartbeat, LostRank, take_leave, watch
 from hcsdl.distributed.identity import Identity
 from hcsdl.distributed.interfaces import use_interface
 from hcsdl.machine.process import held_back_output
+
+START_S = 60.0  # what oneCCL has for starting, when gloo is there instead; a guess
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Group:
@@ -122,9 +130,16 @@ class Group:
         if before == "gloo":
             self.backend_reason = "as before the resume"
             return
-        wait = timedelta(seconds=self.config.timeout_s)
-        with held_back_output():
-            ccl = self.guard("start of oneCCL", lambda: dist.new_group(backend="ccl", timeout=wait))
+        ccl, failed = None, ""
+        try:
+            with held_back_output():
+                ccl = dist.new_group(backend="ccl", timeout=timedelta(seconds=min(self.config.timeout_s, START_S)))
+        except (RuntimeError, OSError) as error:
+            failed = first_line(error)
+        reasons = [reason for reason in self.all_gather_object(failed) if reason]
+        if reasons:
+            self.backend_reason = f"ccl did not start: {reasons[0]}"
+            return
         if before == "ccl":
             self.backend, self.backend_reason, self._reducing = "ccl", "as before the resume", ccl
             return
@@ -150,7 +165,16 @@ class Group:
         """
         if self.world_size == 1:
             return model
-        wrapped = self.guard(
+        with warnings.catch_warnings():
+            # torch 2.13 would have us say forward_sync_buffers=False, which gives every rank the first one's buffers at the start: not ours to lose.
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped = self._in_parallel(model)
+        if self.config.gradient_dtype == "bf16":
+            wrapped.register_comm_hook(self._reducing, bf16_hook)
+        return wrapped
+
+    def _in_parallel(self, model: torch.nn.Module) -> torch.nn.parallel.DistributedDataParallel:
+        return self.guard(
             "DistributedDataParallel",
             lambda: torch.nn.parallel.DistributedDataParallel(
                 model,
@@ -160,9 +184,6 @@ class Group:
                 process_group=self._reducing,
             ),
         )
-        if self.config.gradient_dtype == "bf16":
-            wrapped.register_comm_hook(self._reducing, bf16_hook)
-        return wrapped
 
     def averaged_buffers(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return the model's floating-point buffers averaged over the ranks, by name; the model is left as it is.

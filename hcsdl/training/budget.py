@@ -21,7 +21,7 @@ def evaluations_left(first_step: int, last_step: int, steps_per_evaluation: floa
 def predict_s(step_s: float, steps: int, evaluations: int, evaluated_fields: int, global_batch_size: int) -> float:
     """Return the seconds that `steps` steps of `step_s` each take, with `evaluations` forward passes over `evaluated_fields` fields.
 
-    Checkpoints, and waiting for images that come slower than the network takes them, are not in it.
+    Checkpoints, the optimizer, and waiting for images that come slower than the network takes them, are not in it.
     """
     evaluation_s = FORWARD_SHARE * step_s * evaluated_fields / global_batch_size
     return steps * step_s + evaluations * evaluation_s
@@ -30,6 +30,11 @@ def predict_s(step_s: float, steps: int, evaluations: int, evaluated_fields: int
 def loader_gib(mini_batches: int, shape: Sequence[int]) -> float:
     """Return what `mini_batches` float32 mini-batches of `shape` (N, C, H, W) take, in GiB."""
     return mini_batches * math.prod(shape) * 4 / 2**30
+
+
+def optimizer_gib(num_parameters: int, slots: int) -> float:
+    """Return what an optimizer will keep for `num_parameters` parameters, `slots` float32 values each, in GiB."""
+    return num_parameters * slots * 4 / 2**30
 
 
 def prediction(steps: int, needed_s: float, now: datetime, peak_gib: float, limit_gib: float) -> str:

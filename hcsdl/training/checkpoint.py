@@ -29,7 +29,8 @@ class Checkpoint:
     """All that a run needs to go on, and all that later commands need to use its network.
 
     `model` is a state_dict with plain torchvision-like names, its batch-norm statistics averaged over the ranks; `ranks` holds what each rank
-    keeps for itself: its own batch-norm buffers and random state. `step` counts optimizer steps; the sampler's state is that number.
+    keeps for itself: its own batch-norm buffers and random state. `step` counts optimizer steps; the sampler's state is that number. `backend`
+    and `ran_on` (what: its name) say on what it was computed, so that a resume elsewhere can tell what is different.
     """
 
     step: int
@@ -48,6 +49,7 @@ class Checkpoint:
     config_hash: str
     index_hash: str
     backend: str = ""
+    ran_on: dict = field(default_factory=dict)
     sampler: dict = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 

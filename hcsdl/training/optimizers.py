@@ -15,6 +15,8 @@ from hcsdl.config import TrainingConfig
 
 TRUST_COEFFICIENT = 0.001
 """You et al. 2017, arXiv:1708.03888, section 5."""
+SLOTS = {"sgd": 1, "lars": 1, "adamw": 2}
+"""What each optimizer keeps for a parameter from its first step on, in float32 values."""
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

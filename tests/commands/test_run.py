@@ -17,7 +17,8 @@ from hcsdl.commands.train import open_run_folder, prepare_run
 from hcsdl.config import ConfigError, DataError
 from hcsdl.data.preprocessing import load_preprocessing
 from hcsdl.distributed.identity import Identity
-from hcsdl.training.checkpoint import load_checkpoint
+from hcsdl.machine.cores import processor
+from hcsdl.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from hcsdl.training.loop import State
 from hcsdl.training.run_folder import RunFolder
 
@@ -59,6 +60,31 @@ def test_a_resumed_run_has_all_that_was_saved(folder: RunFolder) -> None:
     assert all(torch.equal(value, again.bare.state_dict()[name]) for name, value in first.bare.state_dict().items())
     for one, other in zip(first.optimizer.state.values(), again.optimizer.state.values(), strict=True):
         assert torch.equal(one["momentum_buffer"], other["momentum_buffer"])
+
+
+def test_a_resume_on_another_processor_or_kernels_says_that_bits_will_differ(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    saved(folder)
+    start(folder).journal.close()
+    assert "otherwise than begun" not in caplog.text
+    path = list_checkpoints(folder.checkpoints)[0]
+    checkpoint = load_checkpoint(path)
+    checkpoint.ran_on["processor"] = "another one"
+    save_checkpoint(checkpoint, folder.checkpoints, keep=1, best=False)
+    start(folder).journal.close()
+    assert f"so not to the last bit (processor: {processor()}, before another one)" in caplog.text
+
+
+def test_memory_of_an_optimizer_that_has_not_moved_yet_counts(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(folder)
+    run.journal.close()
+    told = []
+    monkeypatch.setattr("hcsdl.commands.run.prediction", lambda steps, s, now, peak_gib, limit: told.append(peak_gib) or "")
+    monkeypatch.setattr("hcsdl.commands.run.peak_rss_gib", lambda: 1.0)
+    run._check_budget(1.0)
+    run.optimizer.state[next(run.bare.parameters())] = {"momentum_buffer": torch.zeros(1)}
+    run._check_budget(1.0)
+    assert told[0] - told[1] == pytest.approx(4 * sum(p.numel() for p in run.bare.parameters()) / 2**30)
 
 
 def test_pixels_are_scaled_as_when_the_run_began(folder: RunFolder) -> None:

@@ -23,9 +23,8 @@ def start(
     backend: str = "ccl",
     timeout_s: float = 60,
     env: Mapping[str, str] | None = None,
-    come: int | None = None,
 ) -> list[subprocess.Popen]:
-    """Start `function()` on `world_size` ranks, or only on the first `come` of them, inside a process group of `backend`."""
+    """Start `function()` on `world_size` ranks, inside a process group of `backend`."""
     port, name = str(_free_port()), f"{function.__module__}.{function.__name__}"  # type: ignore[attr-defined]
     clean = {key: value for key, value in os.environ.items() if not key.startswith(OURS)} | {"OMP_NUM_THREADS": "1"} | dict(env or {})
     return [
@@ -36,7 +35,7 @@ def start(
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(world_size if come is None else come)
+        for rank in range(world_size)
     ]
 
 

@@ -49,6 +49,24 @@ def test_auto_times_both_and_says_so_or_why_not() -> None:
         assert "gloo" in first["reason"] and "ccl" in first["reason"] and "ms" in first["reason"]
 
 
+def unstartable(group: Group) -> dict:
+    from hcsdl.distributed.oneccl import process_group
+
+    def refuse(*_: object) -> None:
+        raise process_group.CclError("no provider found")
+
+    process_group.ProcessGroupCCL.__init__ = refuse
+    group.choose_backend(network())
+    group.wrap(network())(torch.ones(3, 4)).sum().backward()
+    return {"backend": group.backend, "reason": group.backend_reason}
+
+
+@pytest.mark.skipif(bool(missing("ccl")), reason=missing("ccl"))
+def test_auto_goes_on_without_a_oneccl_that_does_not_start() -> None:
+    for one in on_ranks(unstartable, 2, backend="auto"):
+        assert one["value"] == {"backend": "gloo", "reason": "ccl did not start: no provider found"}
+
+
 def kept(group: Group) -> dict:
     group.choose_backend(network(), before="gloo")
     return {"backend": group.backend, "reason": group.backend_reason}

@@ -46,13 +46,14 @@ class Reducing:
 
     def __init__(self, operation: ReduceOp, dtype: torch.dtype) -> None:
         found = [mine for torchs, mine in REDUCTIONS if operation == torchs]
+        name = next((name for name in ReduceOp.RedOpType.__members__ if operation == getattr(ReduceOp, name)), "another")
         if not found:
-            raise ValueError(f"ccl reduces with sum, product, min, max and avg. Got {operation} instead; gloo has the bitwise ones.")
+            raise ValueError(f"ccl reduces with SUM, PRODUCT, MIN, MAX and AVG. Got {name} instead; gloo has the bitwise ones.")
         self.reduction, self.average = found[0], operation == ReduceOp.AVG
         self.dtype = WIDER.get(dtype, dtype)
         if self.dtype not in TYPES or (dtype == torch.bool and self.average):
             names = ", ".join(str(one).removeprefix("torch.") for one in [*TYPES, *WIDER])
-            raise TypeError(f"ccl reduces {names}; bool has no average. Got {operation} of {dtype} instead.")
+            raise TypeError(f"ccl reduces {names}; bool has no average. Got {name} of {dtype} instead.")
 
     def readable(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor, or a contiguous copy of the type that is reduced."""

@@ -155,13 +155,13 @@ class Lane:
                 work.finish(self.broken)
 
     def close(self) -> None:
-        """End the thread before the interpreter does; where it is stuck, log what happened and end the process with code 5."""
+        """End the thread before the interpreter does; where a rank was lost or the thread is stuck, log that and end the process with code 5."""
         self._ended.set()
         self._queue.put(None)
         if self._running is None or self.broken is None:
             self._thread.join(CLOSE_S)
         self._watcher.join(CLOSE_S)
-        if self._thread.is_alive():
+        if self.broken is not None or self._thread.is_alive():
             log.error("hcsdl: %s", self.broken or f"{self._running[0].label if self._running else 'a collective'} was never done.")
             logging.shutdown()
             sys.stdout.flush()
