@@ -1,7 +1,7 @@
-"""Real ranks at a fraction of their start: `hcsdl` run in processes forked from one that has done the imports.
+"""Real ranks at a fraction of their start: `hcsdl`, or any function, run in processes forked from one that has done the imports.
 
 Each is a process of its own, with environment, host, output and exit code as if a launcher had started it; four seconds of imports are saved
-each time. What goes before a rank's `main` (entering another host, provoking a fault) is a function that runs in it.
+each time. What goes before a rank's `main` (entering another host, provoking a fault) is a function that runs in it. None outlives the tests.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from hcsdl.distributed.launcher import _free_port
+from hcsdl.machine.process import die_with_parent
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["hcsdl.commands.run", "hcsdl.commands.train", "hcsdl.commands.rank", "torchmetrics", "tests.forked"])
@@ -30,11 +31,11 @@ def kill_what_is_left() -> None:
 
 
 class Forked:
-    """A process with the part of `subprocess.Popen` that a launcher uses."""
+    """A process that calls `be()`, with the part of `subprocess.Popen` that a launcher uses; `output` takes what it writes."""
 
-    def __init__(self, words: Sequence[str], environment: Mapping[str, str], output: Path, first: Callable[[], None]) -> None:
+    def __init__(self, be: Callable[[], None], output: Path) -> None:
         self.output = output
-        self._process = processes.Process(target=_be, args=(list(words), dict(environment), output, first), daemon=False)
+        self._process = processes.Process(target=_be, args=(be, output), daemon=False)
         self._process.start()
         self.pid = self._process.pid
         _started.append(self)
@@ -69,10 +70,15 @@ def nothing() -> None:
     """What goes first where nothing does."""
 
 
-def _be(words: list[str], environment: dict[str, str], output: Path, first: Callable[[], None]) -> None:
+def _be(be: Callable[[], None], output: Path) -> None:
+    die_with_parent(os.getppid())  # the one that has done the imports, which ends when the tests do
     os.setsid()
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.dup2(2, 1)
+    be()
+
+
+def _hcsdl(words: list[str], environment: dict[str, str], first: Callable[[], None]) -> None:
     os.environ |= environment
     signal.signal(signal.SIGINT, signal.default_int_handler)
     first()
@@ -104,7 +110,7 @@ def start_ranks(words: Sequence[str], world_size: int, folder: Path, first: Mapp
     port, first = _free_port(), first or {}
     folder.mkdir(exist_ok=True)
     return [
-        Forked(words, identity(rank, world_size, rank, world_size, "127.0.0.1", port), folder / f"{rank}.out", first.get(rank, nothing))
+        _start(words, identity(rank, world_size, rank, world_size, "127.0.0.1", port), folder, first.get(rank, nothing))
         for rank in range(world_size)
     ]
 
@@ -120,9 +126,13 @@ def start_ranks_on(
             rank = number * per_host + local
             environment = identity(rank, len(hosts) * per_host, local, per_host, hosts[0].address, 29500)
             before = partial(_enter_then, host.holder.pid, first.get(rank, nothing))
-            ranks.append(Forked(words, environment, folder / f"{rank}.out", before))
+            ranks.append(_start(words, environment, folder, before))
             host.processes.append(ranks[-1])
     return ranks
+
+
+def _start(words: Sequence[str], environment: dict[str, str], folder: Path, first: Callable[[], None]) -> Forked:
+    return Forked(partial(_hcsdl, list(words), environment, first), folder / f"{environment['RANK']}.out")
 
 
 def _enter_then(holder: int, first: Callable[[], None]) -> None:

@@ -10,7 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+from hcsdl.machine.process import die_with_parent
 
 TINY = ["experiment=tiny", "training.baseline=false", "training.journal_every_s=0", "machine.threads_per_rank=1"]
 
@@ -21,11 +25,16 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in hidden}
 
 
+def with_the_tests() -> Callable[[], None]:
+    """Return a `preexec_fn` for processes in a session of their own: they die when this process does, so that killed tests leave nothing behind."""
+    return partial(die_with_parent, os.getpid())
+
+
 def start(*words: str | Path, **options: object) -> subprocess.Popen:
-    """Start `hcsdl words…` in a session of its own."""
+    """Start `hcsdl words…` in a session of its own; it dies with the tests."""
     return subprocess.Popen(
         [sys.executable, "-m", "hcsdl", *map(str, words)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, **options,
+        start_new_session=True, preexec_fn=with_the_tests(), **options,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import socket
 
 from hcsdl.config import CheckMachineCommand
 from hcsdl.distributed.fabric import providers
-from hcsdl.distributed.identity import who_am_i
+from hcsdl.distributed.identity import Identity, who_am_i
 from hcsdl.distributed.interfaces import interface_addresses
 from hcsdl.machine import facts, verdicts
 from hcsdl.machine.binding import bound_by_launcher, own_place
@@ -40,29 +40,35 @@ def run(config: CheckMachineCommand) -> int:
     print(f"plan    {how} on {counted(machine.usable_cores, 'core')}, {machine.memory_bytes / 2**30:.1f} GiB")
     for number, place in enumerate(places):
         print(f"rank {number}  {place}")
-    found = judge(config, machine, places)
+    found = judge(config, machine, places, identity)
     print("\n".join(map(str, found)))
     problems = sum(one.level == "PROBLEM" for one in found)
     print(f"verdict {counted(problems, 'problem') + ': see above' if problems else 'fit to train on'}", flush=True)
     return 1 if problems else 0
 
 
-def judge(config: CheckMachineCommand, machine: Machine, places: tuple[Place, ...]) -> list[Verdict]:
-    """Return a verdict on everything that is known to make training hang, crash or crawl."""
-    backend, ranks = config.distributed.backend, len(places)
+def judge(config: CheckMachineCommand, machine: Machine, places: tuple[Place, ...], identity: Identity) -> list[Verdict]:
+    """Return a verdict on everything that is known to make training hang, crash or crawl.
+
+    `places` are those of all the host's ranks, or the first one's alone where a launcher has bound each to a part of the host; `machine` is that part.
+    """
+    backend, ranks = config.distributed.backend, max(len(places), identity.local_world_size)
+    online = facts.online_cores()
+    count = machine.usable_cores if len(places) == ranks or machine.limited else min(online, machine.usable_cores * ranks)
     return [
         verdicts.bf16(bf16_flags()),
-        verdicts.cores(machine, facts.online_cores()),
+        verdicts.cores(machine, online),
         verdicts.numa(machine, places),
-        verdicts.threads(machine, places),
+        verdicts.threads(places[0].threads * ranks, count),
         verdicts.load(facts.load_average(), machine, places),
         verdicts.memory(machine.memory_bytes, ranks),
         verdicts.pages(facts.huge_pages()),
         verdicts.clock(facts.governor()),
         verdicts.compiler(facts.compiler()),
         verdicts.ipex(importlib.metadata.version("torch"), _version("intel-extension-for-pytorch"), config.kernels.name),
-        *_network(config),
+        *_network(config, identity.num_nodes),
         verdicts.shared_memory(facts.shared_memory_bytes(), ranks, backend),
+        verdicts.stale_segments(facts.stale_segments()),
         verdicts.open_files(facts.open_files_limit()),
     ]
 
@@ -72,11 +78,11 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def _network(config: CheckMachineCommand) -> list[Verdict]:
+def _network(config: CheckMachineCommand, num_nodes: int) -> list[Verdict]:
     found = [] if config.distributed.backend == "gloo" else _oneccl(config.distributed.backend)
     found += verdicts.network(facts.interfaces(), interface_addresses(), config.distributed)
     host = socket.gethostname()
-    return [*found, verdicts.host_name(host, facts.addresses_of(host), config.distributed.interface)]
+    return [*found, verdicts.host_name(host, facts.addresses_of(host), config.distributed.interface, num_nodes)]
 
 
 def _oneccl(backend: str) -> list[Verdict]:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 import safetensors.torch
 import torch
 
-from hcsdl.commands.compose import config_hash, from_yaml, to_yaml
+from hcsdl.commands.compose import config_hash, to_yaml
 from hcsdl.commands.prepare import class_numbers, load_plan, make_sampler
-from hcsdl.config import ConfigError, DataError, TrainCommand
+from hcsdl.commands.results import summarise
+from hcsdl.commands.resume import checkpoint_to_go_on_from, elsewhere, load_optimizer, other_ranks
+from hcsdl.config import ConfigError, TrainCommand
 from hcsdl.data.loading import EvalLoader, TrainLoader
 from hcsdl.data.preprocessing import Preprocessing, load_preprocessing
 from hcsdl.data.sampling import evaluation_rows
@@ -24,7 +26,7 @@ from hcsdl.distributed.group import Group
 from hcsdl.distributed.identity import Identity
 from hcsdl.distributed.launcher import Stop
 from hcsdl.kernels import choose_kernels
-from hcsdl.machine.allocation import memory_limit_gib, this_job
+from hcsdl.machine.allocation import memory_limit_gib, time_limit
 from hcsdl.machine.cores import processor
 from hcsdl.machine.memory import peak_rss_gib
 from hcsdl.machine.topology import read_machine
@@ -32,15 +34,15 @@ from hcsdl.models import build_model
 from hcsdl.models.weights import load_weights
 from hcsdl.plates.index import load_index
 from hcsdl.training.budget import evaluations_left, loader_gib, objections, optimizer_gib, predict_s, prediction
-from hcsdl.training.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_model_state, load_newest, save_checkpoint
+from hcsdl.training.checkpoint import Checkpoint, load_model_state, save_checkpoint
 from hcsdl.training.journal import Journal, Silence
 from hcsdl.training.loop import Parts, State, train
 from hcsdl.training.objectives import build_objective
 from hcsdl.training.optimizers import SLOTS, build_optimizer
 from hcsdl.training.predict import buffers_swapped, predict
-from hcsdl.training.run_folder import SCHEMA_VERSION, RunFolder, write_atomically, write_json
+from hcsdl.training.run_folder import RunFolder, write_atomically, write_json
 from hcsdl.training.step_time import probe
-from hcsdl.training.summary import git_commit, time_to_accuracy, versions
+from hcsdl.training.summary import versions
 
 if TYPE_CHECKING:
     from hcsdl.training.metrics import Scores
@@ -73,7 +75,7 @@ class Run:
             node, leads = self.group.host, identity.local_rank == 0
             self.index = stage_fields(self.index, Path(config.data.stage), node=node, leads=leads, meet=self._meet(stop), say=self._say)
 
-        checkpoint, foreign = self._find_checkpoint()
+        checkpoint, foreign = checkpoint_to_go_on_from(folder, self.plan)
         self.group.check_equal("checkpoint", checkpoint and checkpoint.step)
         if checkpoint is None:
             self.preprocessing = load_preprocessing(folder.preprocessing)
@@ -94,28 +96,6 @@ class Run:
 
     # What is built, in order.
 
-    def _find_checkpoint(self) -> tuple[Checkpoint | None, bool]:
-        """Return the checkpoint to go on from (None: start anew), and whether it is another run's."""
-        own = list_checkpoints(self.folder.checkpoints)
-        if own:
-            checkpoint, foreign = load_newest(own), False
-        elif self.plan.resume_from:
-            checkpoint, foreign = find_checkpoint(self.plan.resume_from), True
-        else:
-            return None, False
-        assert checkpoint is not None
-        if list(checkpoint.classes) != self.plan.classes or list(checkpoint.channels) != self.plan.channels:
-            raise DataError(
-                f"a run goes on with the classes and channels of its checkpoint. It has {len(checkpoint.classes)} classes of {checkpoint.target} "
-                f"in channels {', '.join(checkpoint.channels)}; the plates have {len(self.plan.classes)} of {self.plan.target} in {', '.join(self.plan.channels)}."
-            )
-        if checkpoint.index_hash != self.plan.index_hash and not foreign:
-            raise DataError(
-                f"a run goes on with the fields it began with. The index was {checkpoint.index_hash} and is {self.plan.index_hash}: "
-                "the plates have changed; restore them, or name another run_dir."
-            )
-        return checkpoint, foreign
-
     def _build(self, checkpoint: Checkpoint | None, foreign: bool) -> None:
         config = self.config
         torch.manual_seed(config.seed)
@@ -127,14 +107,14 @@ class Run:
         own: dict = {}
         if checkpoint is not None:
             load_model_state(model, checkpoint)
-            self._load_optimizer(optimizer, checkpoint)
+            load_optimizer(optimizer, checkpoint, config.training.optimizer)
             self.state = State(checkpoint.step, list(checkpoint.history), checkpoint.elapsed_s)
             if len(checkpoint.ranks) == self.group.world_size:
                 own = checkpoint.ranks[self.group.rank]
-                if said := self._elsewhere(checkpoint.ran_on):
+                if said := elsewhere(checkpoint.ran_on, self._ran_on()):
                     self._say(said)
             else:
-                self._say(self._other_ranks(len(checkpoint.ranks), model))
+                self._say(other_ranks(len(checkpoint.ranks), self.group.world_size, config.training, model))
             self._say(f"resumed from step {checkpoint.step}" + (f" of {self.plan.resume_from}" if foreign else ""))
         self.bare, self.optimizer = self.kernels.prepare(model, optimizer)
         if own:
@@ -146,15 +126,6 @@ class Run:
         self.model = self.group.wrap(self.bare)
         self.objective = build_objective(config.objective)
 
-    def _other_ranks(self, before: int, model: torch.nn.Module) -> str:
-        """Return what a resume on another number of ranks than `before` keeps: all but the fields that a batch normalisation sees together."""
-        config, now = self.config.training, self.group.world_size
-        text = f"resuming on {now} rank{'s' * (now > 1)} what {before} began: same order and batch, equal to rounding"
-        if config.mini_batch_size is None and any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
-            was, is_now = config.global_batch_size // before, config.global_batch_size // now
-            text += f" but for batch normalisation, over {is_now} fields of a rank now and {was} before"
-        return text + "."
-
     def _ran_on(self) -> dict[str, str]:
         """Return what decides a run's last bits, by name."""
         return {
@@ -162,21 +133,6 @@ class Run:
             "threads a rank": str(self.threads),
             "processor": processor(),
         }
-
-    def _elsewhere(self, before: dict[str, str]) -> str:
-        """Return what is different from the checkpoint's run, whose last bits this one will then not have; empty where nothing is."""
-        changed = [f"{what}: {now}, before {before[what]}" for what, now in self._ran_on().items() if before.get(what, now) != now]
-        return f"going on otherwise than begun, so not to the last bit ({'; '.join(changed)})." if changed else ""
-
-    def _load_optimizer(self, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
-        """Give `optimizer` a checkpoint's state; its settings stay this run's."""
-        was = from_yaml("train", checkpoint.config).training.optimizer  # type: ignore[attr-defined]
-        if was != self.config.training.optimizer:
-            raise ConfigError(f"training.optimizer must be the checkpoint's, {was}. Got {self.config.training.optimizer} instead.")
-        asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(checkpoint.optimizer)
-        for group, settings in zip(optimizer.param_groups, asked, strict=True):
-            group.update(settings)
 
     def _start_journal(self, stop: Callable[[], bool]) -> None:
         config, kernels = self.config, self.kernels
@@ -270,19 +226,19 @@ class Run:
         own_gib = peak_rss_gib() + loader_gib(ready, (mini, len(self.plan.channels), *self.plan.image_size))
         if not self.optimizer.state:  # it comes with the first step
             own_gib += optimizer_gib(sum(p.numel() for p in self.bare.parameters()), SLOTS[config.training.optimizer])
-        job = this_job() if self.group.rank == 0 else None  # one question to Slurm, not one a rank
-        told = self.group.all_gather_object((self.group.host, own_gib, memory_limit_gib(read_machine().memory_bytes), job))
+        allowed = time_limit() if self.group.rank == 0 else None  # one question to Slurm, not one a rank
+        told = self.group.all_gather_object((self.group.host, own_gib, memory_limit_gib(read_machine().memory_bytes), allowed))
         nodes = [
             (sum(gib for node, gib, _, _ in told if node == name), min(limit for node, _, limit, _ in told if node == name))
             for name in {node for node, *_ in told}
         ]
         peak_gib, limit_gib = max(nodes, key=lambda node: node[0] / node[1])
-        job = told[0][3]
+        allowed = told[0][3]
         evaluations = evaluations_left(self.state.step, self.total_steps, self.steps_per_epoch * config.training.validate_every_epochs)
         needed_s = predict_s(step_s, steps, evaluations, self.plan.num_val_fields, config.training.global_batch_size)
         now = datetime.now()
         self.journal.say(prediction(steps, needed_s, now, peak_gib, limit_gib))
-        wrong = objections(needed_s, job.left_s, job.length_s, now, peak_gib, limit_gib)
+        wrong = objections(needed_s, allowed.left_s, allowed.length_s, now, peak_gib, limit_gib)
         if wrong and config.training.strict_budget:
             raise ConfigError(f"training.strict_budget=true: {' '.join(wrong)}")
         for text in wrong:
@@ -397,74 +353,10 @@ class Run:
 
         assert self.last_scores is not None
         fields, wells = self.last_scores
-        write_json(self.folder.summary, self._summary(fields, wells, seconds, max(rss)))
+        write_json(self.folder.summary, summarise(self, fields, wells, seconds, max(rss)))
         self.journal.event("end", self.state.step, {"seconds": seconds})
         self.journal.close()
         plan, split = self.plan, self.config.plates.split
         print(format_scores(fields, split, leaky=plan.leaky, baseline=plan.baseline_accuracy))
         print(format_scores(wells, split, leaky=plan.leaky, baseline=plan.baseline_well_accuracy))
         print(f"run folder: {self.folder.path}", flush=True)
-
-    def _summary(self, fields: Scores, wells: Scores, seconds: float, rss: float) -> dict:
-        state, plan, config = self.state, self.plan, self.config
-        timed = state.seconds_timed or math.nan
-        timed_steps = state.fields_timed // config.training.global_batch_size
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "name": config.name,
-            "target": plan.target,
-            "classes": plan.classes,
-            "channels": plan.channels,
-            "metric": config.training.metric,
-            "split": config.plates.split,
-            "split_sentence": plan.split_sentence,
-            "leaky": plan.leaky,
-            "val_accuracy": fields.accuracy,
-            "val_macro_f1": fields.macro_f1,
-            "well_accuracy": wells.accuracy,
-            "well_macro_f1": wells.macro_f1,
-            "baseline_accuracy": plan.baseline_accuracy,
-            "baseline_well_accuracy": plan.baseline_well_accuracy,
-            "per_class": fields.per_class.to_dict("records"),
-            "confusion_fields": fields.confusion.tolist(),
-            "confusion_wells": wells.confusion.tolist(),
-            "num_fields": len(self.index.table),
-            "num_val_fields": plan.num_val_fields,
-            "num_wells_val": plan.num_wells_val,
-            "skipped_fields": sorted({*plan.skipped_fields, *self.bad_fields}),
-            "plates_without_control": plan.plates_without_control,
-            **self.sampler.describe(),
-            "model": config.model.name,
-            "num_parameters": sum(p.numel() for p in self.bare.parameters()),
-            "image_size": plan.image_size,
-            "images_per_s": state.fields_timed / timed,
-            "data_wait_share": state.waited_s / timed,
-            "step_seconds": {name: value / max(1, timed_steps) for name, value in state.parts_s.items()},
-            "epochs": state.step / self.steps_per_epoch,
-            "steps": state.step,
-            "planned_steps": self.planned_steps,
-            "seconds": seconds,
-            "training_seconds": state.elapsed_s,
-            "time_to_accuracy_s": time_to_accuracy(state.history, "val_accuracy"),
-            "time_to_well_accuracy_s": time_to_accuracy(state.history, "well_accuracy"),
-            "history": state.history,
-            "world_size": self.group.world_size,
-            "threads_per_rank": self.threads,
-            "global_batch_size": config.training.global_batch_size,
-            "backend": self.group.backend,
-            "backend_reason": self.group.backend_reason,
-            "gradient_dtype": config.distributed.gradient_dtype,
-            "kernels": self.kernels.name,
-            "kernels_reason": self.kernels.reason,
-            "precision": self.kernels.precision,
-            "allocator": self.allocator,
-            "peak_rss_gib": rss,
-            "resumed": self.resumed,
-            "attempts": self.folder.attempt,
-            "versions": versions(),
-            "processor": processor(),
-            "git_commit": git_commit(),
-            "config_hash": config_hash(config),
-            "index_hash": plan.index_hash,
-            "seed": config.seed,
-        }

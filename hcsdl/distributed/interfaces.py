@@ -1,7 +1,8 @@
 """Which network interface the ranks talk over.
 
 In: the configured name, or the address of the first rank's host. Out: the environment variables in which gloo, oneCCL and libfabric look it up;
-what the user has set there stays. No torch.
+what the user has set there stays. Promised: the loopback is taken only where all ranks were given a loopback address, not because this host's own
+name leads to it (Debian's /etc/hosts says `127.0.1.1 <name>`): other hosts would not reach this one there. No torch.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import socket
 import struct
 
 from hcsdl.config import ConfigError
+from hcsdl.distributed.rendezvous import expand_nodes
 
 VARIABLES = ("HCSDL_INTERFACE", "GLOO_SOCKET_IFNAME", "FI_TCP_IFACE", "CCL_KVS_IFACE")
 SIOCGIFADDR = 0x8915  # linux/sockios.h
+LOOPBACK = "lo"
+ELSEWHERE = "192.0.2.1"  # an address nobody has (RFC 5737): the way to it is the default route
 
 
 def interface_addresses() -> dict[str, str]:
@@ -41,14 +45,31 @@ def interface_towards(host: str) -> str | None:
     return next((name for name, own in interface_addresses().items() if own == address), None)
 
 
+def common_interface(host: str) -> str | None:
+    """Return the interface over which the ranks that meet on `host` reach this one, and it them; None where nobody can tell.
+
+    It is the one towards `host`. Where that name is this host's own and leads to the loopback: the one towards another node of the job step, where
+    Slurm names them, else that of the default route.
+    """
+    found = interface_towards(host)
+    if found != LOOPBACK or host.partition(".")[0] in ("localhost", "127"):
+        return found
+    nodes = expand_nodes(os.environ.get("SLURM_STEP_NODELIST", ""))[:2]  # one of two is another one
+    towards = (interface_towards(node) for node in (*nodes, ELSEWHERE))
+    return next((name for name in towards if name not in (None, LOOPBACK)), None)
+
+
 def use_interface(name: str | None, host: str) -> None:
-    """Let gloo, oneCCL and libfabric use interface `name`, or where it is None the one towards `host`. Raises ConfigError where it has no address."""
+    """Let gloo, oneCCL and libfabric use interface `name`, or where it is None `common_interface(host)`, `host` being the first rank's.
+
+    Raises ConfigError where it has no address.
+    """
     known = interface_addresses()
     if name is not None and name not in known:
         raise ConfigError(
             f"distributed.interface must be an interface of {socket.gethostname()} with an IPv4 address: {', '.join(known)}. Got {name!r} instead."
         )
-    chosen = name or interface_towards(host)
+    chosen = name or common_interface(host)
     if chosen:
         for variable in VARIABLES:
             os.environ.setdefault(variable, chosen)

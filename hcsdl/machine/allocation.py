@@ -1,6 +1,6 @@
 """What this job was given: how long it may run, and how much memory on this node.
 
-In: the environment and Slurm's own `squeue`. Out: a `Job`, and GiB. Promised: what cannot be found out counts as no limit; it is not waited
+In: the environment and Slurm's own `squeue`. Out: a `TimeLimit`, and GiB. Promised: what cannot be found out counts as no limit; it is not waited
 for longer than `ANSWER_S`, and never an error.
 """
 
@@ -18,32 +18,34 @@ ANSWER_S = 20.0  # Slurm's controller may be busy; a guess
 
 
 @dataclass(frozen=True)
-class Job:
-    """A Slurm job: seconds until its time limit, and how long it may run from its start; infinity without a limit."""
+class TimeLimit:
+    """Seconds until a Slurm job is ended, and how long it may run from its start; infinity without a limit."""
 
     left_s: float = math.inf
     length_s: float = math.inf
 
 
-def this_job(environment: Mapping[str, str] | None = None) -> Job:
-    """Return the Slurm job this process runs in; one without a limit outside Slurm, or where nobody tells the limit.
+def time_limit(environment: Mapping[str, str] | None = None) -> TimeLimit:
+    """Return the time limit of the Slurm job this process runs in; none outside Slurm, or where nobody tells it.
 
     Slurm 23.02 and later put the job's end into the environment; before that `squeue` is asked, so call this on one rank only.
     """
     env = os.environ if environment is None else environment
     job = env.get("SLURM_JOB_ID")
     if not job:
-        return Job()
+        return TimeLimit()
     start, end = env.get("SLURM_JOB_START_TIME", ""), env.get("SLURM_JOB_END_TIME", "")
     if start.isdigit() and end.isdigit():
-        return Job(int(end) - time.time(), int(end) - int(start))
+        return TimeLimit(int(end) - time.time(), int(end) - int(start))
     try:
         command = ["squeue", "--noheader", "--jobs", job, "--format", "%A|%L|%l"]
         said = subprocess.run(command, env=dict(env), capture_output=True, text=True, timeout=ANSWER_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return Job()
+        return TimeLimit()
     found = [line.split("|") for line in said.split()]
-    return next((Job(seconds(left), seconds(limit)) for number, left, limit in found if number == job), Job())  # an array has several
+    return next(
+        (TimeLimit(seconds(left), seconds(limit)) for number, left, limit in found if number == job), TimeLimit()
+    )  # an array has several
 
 
 def seconds(text: str) -> float:

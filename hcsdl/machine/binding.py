@@ -1,7 +1,8 @@
 """Keep a rank where its `Place` is: environment, affinity mask, memory policy. To be done before torch is imported.
 
-In: a `Place`. Out: what the kernel and the OpenMP runtime (GNU's, which torch's packages bring along, or Intel's) were told. Promised: what the
-user has set in the environment or by numactl is left alone.
+In: a `Place`. Out: what the kernel and the OpenMP runtime (GNU's, which torch's packages bring along, or Intel's) were told. Promised: where the
+user has said in the environment where OpenMP puts its threads, or by numactl where memory comes from, that is left alone. Not so OMP_NUM_THREADS,
+which torchrun and many clusters' profiles set to 1 unasked: machine.threads_per_rank is the number of threads.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from hcsdl.config import MachineConfig
@@ -26,7 +26,7 @@ SHELLS = ("sh", "bash", "dash", "ksh", "zsh", "env")
 
 
 def place_environment(place: Place) -> dict[str, str]:
-    """Return the variables a rank at `place` needs: its threads, where OpenMP puts them, and the core of oneCCL's worker thread.
+    """Return the variables a rank at `place` needs: its threads, and where OpenMP puts them.
 
     Each compute thread is kept on one core, but only where the rank has exactly a core for each: two runs that share a machine would
     otherwise both sit on the first of them.
@@ -38,8 +38,6 @@ def place_environment(place: Place) -> dict[str, str]:
         return found
     if place.threads == len(place.cores) and not any(name in os.environ for name in PLACING):
         found |= {"OMP_PLACES": ",".join("{" + ",".join(map(str, core.cpus)) + "}" for core in place.cores), "OMP_PROC_BIND": "close"}
-    if place.workers and "CCL_WORKER_AFFINITY" not in os.environ and os.environ.get("CCL_WORKER_COUNT", "1") == "1":
-        found["CCL_WORKER_AFFINITY"] = ",".join(map(str, place.workers))  # of all ranks of the host: oneCCL picks its own by CCL_LOCAL_RANK
     return found
 
 
@@ -78,18 +76,22 @@ def on_cpus(cpus: set[int]) -> Iterator[None]:
 def own_place(local_rank: int, local_ranks: int, config: MachineConfig, launcher: str) -> Place:
     """Return the place of a rank that torchrun, srun or mpirun has started; where these have bound it to a part of the machine, within that."""
     if bound_by_launcher(local_ranks, launcher):
-        return replace(plan_places(read_machine(), 1, config)[0], workers=())  # the other ranks' spare cores are not known here
+        return plan_places(read_machine(), 1, config)[0]
     return plan_places(read_machine(), local_ranks, config)[local_rank]
 
 
 def bound_by_launcher(local_ranks: int, launcher: str) -> bool:
     """Return whether this process's CPUs are its own and not shared by all ranks of the host.
 
-    srun says so: a mask for each task. Of others we look whether the launcher, the first of our ancestors that is no shell, has more CPUs.
+    srun says so: by a mask for each task, or (rank, ldoms, rank_ldom) by the kind of binding alone, and then a task may still have a NUMA node in
+    common with others. Of other launchers we look whether the launcher, the first of our ancestors that is no shell, has more CPUs.
     """
     if launcher == "srun":
         masks = [mask for mask in os.environ.get("SLURM_CPU_BIND_LIST", "").split(",") if mask]
-        return len(set(masks)) == local_ranks
+        if masks:
+            return len(set(masks)) == local_ranks
+        kind = os.environ.get("SLURM_CPU_BIND_TYPE", "")
+        return bool(kind) and "none" not in kind and len(os.sched_getaffinity(0)) * local_ranks <= (os.cpu_count() or 1)
     status = Path("/proc/self/status").read_text()
     own = _allowed(status)
     while True:

@@ -52,6 +52,18 @@ def shared_memory_bytes() -> tuple[int, int] | None:
     return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
 
 
+def stale_segments(folder: Path = Path("/dev/shm")) -> dict[Path, int]:
+    """Return the bytes of oneCCL's shared memory (`<process id>:<n>:<n>`) whose process is gone: it was killed, so nobody has removed them."""
+    found = {}
+    for path in sorted(folder.glob("[0-9]*:*")):
+        try:
+            if not Path(f"/proc/{path.name.partition(':')[0]}").exists():
+                found[path] = path.stat().st_size
+        except FileNotFoundError:  # removed meanwhile
+            continue
+    return found
+
+
 def locked_memory_limit() -> float:
     """Return how many bytes this process may lock in memory; infinity without a limit."""
     return _limit(resource.RLIMIT_MEMLOCK)

@@ -9,7 +9,7 @@ decodes there disturbs less than one that takes the compute thread's turn, so a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hcsdl.config import ConfigError, MachineConfig
 from hcsdl.machine.topology import Core, Machine, format_list
@@ -19,15 +19,13 @@ from hcsdl.machine.topology import Core, Machine, format_list
 class Place:
     """One rank's `threads` compute threads run on `cores`, its other threads there and on `spare`.
 
-    With `bound` the rank is kept there; else only the number of threads is its own. `workers` names a spare CPU for each rank of the host, in
-    rank order, where all have one; it is the same on all of them.
+    With `bound` the rank is kept there; else only the number of threads is its own.
     """
 
     threads: int
     cores: tuple[Core, ...]
     spare: tuple[Core, ...] = ()
     bound: bool = True
-    workers: tuple[int, ...] = ()
 
     @property
     def cpus(self) -> set[int]:
@@ -82,13 +80,12 @@ def plan_places(machine: Machine, ranks: int, config: MachineConfig) -> tuple[Pl
         shares += [pool[i * each : (i + 1) * each] or [pool[i % len(pool)]] for i in range(count)]
         spare += pool[max(1, each) * count :] if count else pool
     threads = config.threads_per_rank or min(map(len, shares))
-    places, workers = [], []
-    for number, share in enumerate(shares):
+    places = []
+    for share in shares:
         own = share if config.threads_per_rank else share[:threads]
         near = share[len(own) :] + [core for core in spare if core.node in {c.node for c in share}]
-        workers += [near[number % len(near)].cpus[0]] if near else []
         places.append(Place(threads, tuple(own), tuple(near), config.pin))
-    return tuple(replace(place, workers=tuple(workers)) if len(workers) == ranks else place for place in places)
+    return tuple(places)
 
 
 def _check_spare(left: int, machine: Machine, config: MachineConfig) -> None:

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hcsdl.config import DistributedConfig
 from hcsdl.machine.facts import Interface
@@ -85,11 +86,10 @@ def numa(machine: Machine, places: Sequence[Place]) -> Verdict:
     return Verdict("ok", "NUMA", f"{nodes} nodes, every rank within one")
 
 
-def threads(machine: Machine, places: Sequence[Place]) -> Verdict:
-    """Judge whether there is a core for each compute thread."""
-    total = sum(place.threads for place in places)
-    text = f"{total} compute threads on {machine.usable_cores} cores"
-    if total > machine.usable_cores:
+def threads(total: int, count: int) -> Verdict:
+    """Judge whether `count` cores are one for each of the `total` compute threads of this host's ranks."""
+    text = f"{total} compute threads on {count} cores"
+    if total > count:
         return Verdict("PROBLEM", "threads", f"{text}: they wait for each other. Lower distributed.ranks or machine.threads_per_rank.")
     return Verdict("ok", "threads", text)
 
@@ -118,6 +118,14 @@ def shared_memory(found: tuple[int, int] | None, ranks: int, backend: str) -> Ve
             f"{text}; {ranks} ranks over oneCCL want {need_mib} MiB. Containers: --shm-size=2g; others: remount it; or distributed.backend=gloo.",
         )
     return Verdict("ok", "/dev/shm", text)
+
+
+def stale_segments(found: Mapping[Path, int]) -> Verdict:
+    """Judge the shared memory that killed ranks have left in /dev/shm: files and their bytes."""
+    if not found:
+        return Verdict("ok", "left behind", "no shared memory of killed ranks")
+    remove = " ".join([*map(str, list(found)[:3]), *["…"][: len(found) > 3]])
+    return Verdict("note", "left behind", f"shared memory of killed ranks, {sum(found.values()) / 2**20:,.0f} MiB. rm {remove}")
 
 
 def locked_memory(limit: float, providers: Sequence[str]) -> Verdict:
@@ -235,8 +243,8 @@ def fabric(providers: Sequence[str], devices: Sequence[str]) -> Verdict:
     return Verdict("ok", "fabric", text)
 
 
-def host_name(host: str, addresses: Sequence[str], interface: str | None) -> Verdict:
-    """Judge what the host's own name resolves to."""
+def host_name(host: str, addresses: Sequence[str], interface: str | None, num_nodes: int) -> Verdict:
+    """Judge what the host's own name resolves to, for ranks on `num_nodes` hosts."""
     if not addresses:
         text = f"{host} has no address: other nodes do not find this one, and gloo does not start."
         return Verdict(
@@ -246,6 +254,8 @@ def host_name(host: str, addresses: Sequence[str], interface: str | None) -> Ver
         )
     if all(address.startswith("127.") or address == "::1" for address in addresses) and interface is None:
         return Verdict(
-            "note", "host name", f"{host} is {', '.join(addresses)}, the loopback: across nodes set distributed.interface and MASTER_ADDR"
+            "PROBLEM" if num_nodes > 1 else "note",
+            "host name",
+            f"{host} is {', '.join(addresses)}, the loopback: across nodes correct /etc/hosts, or set distributed.interface and MASTER_ADDR",
         )
     return Verdict("ok", "host name", f"{host} is {', '.join(addresses)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from hcsdl.distributed.heartbeat import take_leave, watch
 
-SILENCE_S = 2.0
+SILENCE_S = 5.0  # ranks that wait for their turn on a busy core must not be taken for lost
 HOST = os.uname().nodename
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["torch.distributed", __name__])
@@ -156,13 +157,13 @@ def test_a_store_that_is_gone_or_does_not_answer_is_rank_0_lost(start: object, n
     os.kill(two.store.pid, number)
     code, said = two.ended(1)
     assert code == 5 and said[0].startswith(f"lost: rank 0 on {HOST}")
-    assert ("has closed the connection" if number == signal.SIGKILL else "has not answered for 2 s") in said[0]
+    assert re.search("has closed the connection" if number == signal.SIGKILL else r"has not answered for \d+ s", said[0])
 
 
 def test_a_wait_in_the_ranks_own_connection_does_not_silence_it(start: object) -> None:
     two = start(2)
     two.lines[1].send("wait")
-    time.sleep(2 * SILENCE_S)
+    time.sleep(1.5 * SILENCE_S)
     two.leave_in_peace(0, 1)
 
 
@@ -171,7 +172,7 @@ def test_a_rank_that_was_itself_suspended_accuses_nobody(start: object) -> None:
     both = [process.pid for process in two.processes]
     for pid in both:  # nobody awake sees the other asleep
         os.kill(pid, signal.SIGSTOP)
-    time.sleep(2 * SILENCE_S)
+    time.sleep(1.5 * SILENCE_S)
     for pid in both:
         os.kill(pid, signal.SIGCONT)
     time.sleep(SILENCE_S)
@@ -181,7 +182,7 @@ def test_a_rank_that_was_itself_suspended_accuses_nobody(start: object) -> None:
 def test_a_rank_that_ended_in_peace_is_not_missed(start: object) -> None:
     three = start(3)
     three.leave_in_peace(1)
-    time.sleep(2 * SILENCE_S)
+    time.sleep(1.5 * SILENCE_S)
     three.leave_in_peace(0, 2)
 
 

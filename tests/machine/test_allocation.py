@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from hcsdl.machine.allocation import Job, memory_limit_gib, seconds, this_job
+from hcsdl.machine.allocation import TimeLimit, memory_limit_gib, seconds, time_limit
 from tests.slurm_cluster import MISSING, PROJECT, Cluster
 
 SCRIPT = """#!/bin/bash
 cd {project} && {python} -c '
 import dataclasses, json
-from hcsdl.machine.allocation import memory_limit_gib, this_job
-print(json.dumps([dataclasses.asdict(this_job()), memory_limit_gib(2**40)]))'
+from hcsdl.machine.allocation import memory_limit_gib, time_limit
+print(json.dumps([dataclasses.asdict(time_limit()), memory_limit_gib(2**40)]))'
 sleep 1  # so that the elements of an array run at once
 """
 
@@ -33,21 +33,21 @@ def test_a_real_slurm_is_asked_for_the_time_that_is_left(tmp_path: Path) -> None
             assert slurm.wait(job) == "COMPLETED"
     day = 26 * 3600.0
     for name in ("0", "1"):
-        job, memory = json.loads((tmp_path / f"{name}.out").read_text())
-        assert day - 60 < job["left_s"] <= day and job["length_s"] == day and memory == 1.0
-    job, memory = json.loads((tmp_path / "free.out").read_text())
-    assert job["left_s"] == job["length_s"] >= 365 * 86400.0 and memory == 1.0  # a year, or none
+        limit, memory = json.loads((tmp_path / f"{name}.out").read_text())
+        assert day - 60 < limit["left_s"] <= day and limit["length_s"] == day and memory == 1.0
+    limit, memory = json.loads((tmp_path / "free.out").read_text())
+    assert limit["left_s"] == limit["length_s"] >= 365 * 86400.0 and memory == 1.0  # a year, or none
 
 
 def test_a_newer_slurm_says_it_in_the_environment() -> None:
     now = int(time.time())
-    job = this_job({"SLURM_JOB_ID": "7", "SLURM_JOB_START_TIME": str(now - 600), "SLURM_JOB_END_TIME": str(now + 3000)})
-    assert job.length_s == 3600 and 2900 < job.left_s <= 3001
+    found = time_limit({"SLURM_JOB_ID": "7", "SLURM_JOB_START_TIME": str(now - 600), "SLURM_JOB_END_TIME": str(now + 3000)})
+    assert found.length_s == 3600 and 2900 < found.left_s <= 3001
 
 
 @pytest.mark.parametrize("environment", [{}, {"SLURM_JOB_ID": "7", "PATH": "/nowhere"}], ids=["no job", "no squeue"])
 def test_without_slurm_there_is_no_limit(environment: dict[str, str]) -> None:
-    assert this_job(environment) == Job(math.inf, math.inf)
+    assert time_limit(environment) == TimeLimit(math.inf, math.inf)
 
 
 @pytest.mark.parametrize(

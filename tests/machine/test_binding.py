@@ -75,25 +75,18 @@ def test_unbound_ranks_may_run_anywhere(tmp_path: Path, capfd: pytest.CaptureFix
 
 
 def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_PLACES", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "CCL_WORKER_AFFINITY", "CCL_WORKER_COUNT"):
+    for name in ("OMP_PLACES", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"):
         monkeypatch.delenv(name, raising=False)
     machine = read_machine(trees.xeon(tmp_path))
-    plain, spare = (plan_places(machine, 4, MachineConfig(spare_cores=n)) for n in (0, 2))
-    whole = place_environment(plain[1])
+    place = plan_places(machine, 4, MachineConfig())[1]
+    whole = place_environment(place)
     assert whole["OMP_NUM_THREADS"] == whole["MKL_NUM_THREADS"] == "10" and whole["OMP_PROC_BIND"] == "close"
-    assert whole["OMP_PLACES"].startswith("{10,50},{11,51}") and "CCL_WORKER_AFFINITY" not in whole
-    assert all(place_environment(place)["CCL_WORKER_AFFINITY"] == "8,19,28,39" for place in spare), (
-        "oneCCL wants those of all ranks of a host"
-    )
+    assert whole["OMP_PLACES"].startswith("{10,50},{11,51}")
     few = place_environment(plan_places(machine, 4, MachineConfig(threads_per_rank=3))[0])
     assert few["OMP_NUM_THREADS"] == "3" and "OMP_PLACES" not in few, "another run's threads would sit on the same first cores"
     assert "OMP_PLACES" not in place_environment(plan_places(machine, 4, MachineConfig(pin=False))[0])
-    monkeypatch.setenv("CCL_WORKER_COUNT", "2")
-    assert "CCL_WORKER_AFFINITY" not in place_environment(spare[1])
-    monkeypatch.delenv("CCL_WORKER_COUNT")
-    monkeypatch.setenv("CCL_WORKER_AFFINITY", "3")
     monkeypatch.setenv("KMP_AFFINITY", "compact")
-    assert not {"CCL_WORKER_AFFINITY", "OMP_PLACES"} & set(place_environment(spare[1])), "what the user has set stays"
+    assert not {"OMP_PLACES", "OMP_PROC_BIND"} & set(place_environment(place)), "what the user has set stays"
 
 
 @two_cpus
@@ -127,9 +120,17 @@ def test_a_place_given_by_the_launcher_is_kept(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_srun_says_whether_it_has_bound_each_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CPU_BIND_TYPE", "mask_cpu:")
     for masks, bound in (("0x1,0x2", True), ("0x3,0x3", False), ("", False)):
         monkeypatch.setenv("SLURM_CPU_BIND_LIST", masks)
         assert bound_by_launcher(2, "srun") is bound
     monkeypatch.setenv("SLURM_CPU_BIND_LIST", "")
+    for kind in ("rank", "ldoms", "rank_ldom", "none", ""):
+        monkeypatch.setenv("SLURM_CPU_BIND_TYPE", kind)
+        assert not bound_by_launcher(2 * len(ALLOWED), "srun"), "tasks have this NUMA node in common"
+        with on_cpus({ALLOWED[0]}):
+            assert bound_by_launcher(os.cpu_count() or 1, "srun") is (kind not in ("none", ""))
+    monkeypatch.setenv("SLURM_CPU_BIND_LIST", "")
+    monkeypatch.setenv("SLURM_CPU_BIND_TYPE", "none")
     shares = [own_place(rank, 2, MachineConfig(), "srun") for rank in range(2)]
     assert shares == list(plan_places(read_machine(), 2, MachineConfig()))

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from hcsdl.machine import cores
+from hcsdl.machine.facts import stale_segments
 from hcsdl.machine.memory import peak_rss_gib
 from tests.runs import alive
 
@@ -50,6 +52,15 @@ print(resident() > 200 * 2**20)
 
 def test_peak_rss_is_of_this_process() -> None:
     assert 0.01 < peak_rss_gib() < 100
+
+
+def test_shared_memory_of_killed_processes_is_found(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for name in (f"{gone.pid}:0:1", f"{os.getpid()}:0:1", "torch_1_2", f"{gone.pid}"):
+        (tmp_path / name).write_bytes(b"12345")
+    assert stale_segments(tmp_path) == {tmp_path / f"{gone.pid}:0:1": 5}
+    assert stale_segments(tmp_path / "missing") == {}
 
 
 def test_a_child_dies_with_its_parent() -> None:

@@ -55,10 +55,15 @@ GIB, MIB = 2**30, 2**20
         (verdicts.fabric(["tcp", "shm"], ["mlx5_0"]), "note", "though there is mlx5_0"),
         (verdicts.fabric(["verbs;ofi_rxm", "tcp"], ["mlx5_0"]), "ok", "verbs"),
         (verdicts.fabric(["tcp"], []), "ok", "tcp"),
-        (verdicts.host_name("node7", [], None), "PROBLEM", "/etc/hosts"),
-        (verdicts.host_name("node7", ["127.0.1.1"], None), "note", "loopback"),
-        (verdicts.host_name("node7", ["127.0.1.1"], "ib0"), "ok", "127.0.1.1"),
-        (verdicts.host_name("node7", ["10.0.0.7", "127.0.1.1"], None), "ok", "10.0.0.7"),
+        (verdicts.host_name("node7", [], None, 1), "PROBLEM", "/etc/hosts"),
+        (verdicts.host_name("node7", ["127.0.1.1"], None, 1), "note", "loopback"),
+        (verdicts.host_name("node7", ["127.0.1.1"], None, 2), "PROBLEM", "distributed.interface"),
+        (verdicts.host_name("node7", ["127.0.1.1"], "ib0", 2), "ok", "127.0.1.1"),
+        (verdicts.host_name("node7", ["10.0.0.7", "127.0.1.1"], None, 2), "ok", "10.0.0.7"),
+        (verdicts.stale_segments({}), "ok", "no shared memory"),
+        (verdicts.stale_segments({Path(f"/dev/shm/{n}:0:0"): 64 * MIB for n in range(4)}), "note", "256 MiB. rm /dev/shm/0:0:0 /dev/shm/1:0:0 /dev/shm/2:0:0 …"),
+        (verdicts.threads(40, 40), "ok", "40 compute threads on 40 cores"),
+        (verdicts.threads(80, 40), "PROBLEM", "80 compute threads on 40 cores"),
     ],
 )  # fmt: skip
 def test_one_fact(found: Verdict, level: str, said: str) -> None:
@@ -75,18 +80,14 @@ def test_cores(tmp_path: Path) -> None:
     assert verdicts.cores(limited, 40).level == "note" and "2.5 of 40 cores, a fraction" in verdicts.cores(limited, 40).text
 
 
-def test_ranks_and_threads(tmp_path: Path) -> None:
+def test_ranks(tmp_path: Path) -> None:
     found = read_machine(trees.xeon(tmp_path))
-    good, unbound, few, many = (
-        plan_places(found, ranks, MachineConfig(**options))
-        for ranks, options in ((4, {}), (4, {"pin": False}), (2, {}), (4, {"threads_per_rank": 20}))
-    )
+    good, unbound, few = (plan_places(found, ranks, MachineConfig(**options)) for ranks, options in ((4, {}), (4, {"pin": False}), (2, {})))
     assert verdicts.load(3.0, found, good).level == verdicts.load(30.0, found, unbound).level == "ok"
     assert "machine.pin=false" in verdicts.load(30.0, found, good).text
-    assert verdicts.numa(found, good).level == verdicts.threads(found, good).level == "ok"
+    assert verdicts.numa(found, good).level == "ok"
     assert "machine.pin=true" in verdicts.numa(found, unbound).text and verdicts.numa(found, unbound).level == "note"
     assert "distributed.ranks=4" in verdicts.numa(found, few).text
-    assert verdicts.threads(found, many).level == "PROBLEM" and "80 compute threads on 40 cores" in verdicts.threads(found, many).text
 
 
 def test_network() -> None:

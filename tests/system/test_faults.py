@@ -30,7 +30,7 @@ from tests.forked import Forked, kill_what_is_left, start_ranks, start_ranks_on
 from tests.namespaces import Host, two_hosts
 
 LIMIT_S = 60
-SILENCE_S = 3
+SILENCE_S = 5  # ranks that wait for their turn on a busy core must not be taken for lost
 BEST = "ccl" if any(importlib.metadata.distributions(name="oneccl")) else "gloo"
 SHORT, LONG = 2, 4  # epochs of 8 steps
 
@@ -222,11 +222,13 @@ def test_the_own_launcher_starts_the_ranks_again(tiny_plates: Path, tmp_path: Pa
     assert {line["attempt"] for line in runs.journal(folder)} == {1, 2}
 
 
+@pytest.mark.slow  # its restart is ours seen from the ranks; that torchrun's ranks train alike is tests/system/test_ranks.py's
 def test_torchrun_starts_the_ranks_again(tiny_plates: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     agent = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "hcsdl", *words(tiny_plates, folder, BEST, LONG)],
         env=runs.environment() | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=runs.with_the_tests(),
     )  # fmt: skip
     runs.wait_for_step(agent, folder, 3)
     os.kill(runs.children(agent)[1], signal.SIGKILL)
