@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from hcsdl.distributed.launcher import _free_port
+from hcsdl.distributed.rendezvous import free_port
 from hcsdl.machine.process import die_with_parent
 
 processes = multiprocessing.get_context("forkserver")
@@ -107,7 +107,7 @@ def identity(rank: int, world_size: int, local_rank: int, local_world_size: int,
 
 def start_ranks(words: Sequence[str], world_size: int, folder: Path, first: Mapping[int, Callable[[], None]] | None = None) -> list[Forked]:
     """Start `hcsdl words…` as `world_size` ranks of one host; `folder` takes their output, `first` says what goes before `main` in which rank."""
-    port, first = _free_port(), first or {}
+    port, first = free_port(), first or {}
     folder.mkdir(exist_ok=True)
     return [
         _start(words, identity(rank, world_size, rank, world_size, "127.0.0.1", port), folder, first.get(rank, nothing))

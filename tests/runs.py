@@ -34,7 +34,7 @@ def start(*words: str | Path, **options: object) -> subprocess.Popen:
     """Start `hcsdl words…` in a session of its own; it dies with the tests."""
     return subprocess.Popen(
         [sys.executable, "-m", "hcsdl", *map(str, words)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, preexec_fn=with_the_tests(), **options,
+        start_new_session=True, preexec_fn=with_the_tests(), **options,  # noqa: PLW1509  it takes no lock
     )  # fmt: skip
 
 

@@ -170,6 +170,46 @@ FAULTS = [
         "optimizer.load_state_dict(checkpoint.optimizer)", "pass",
         "tests/system/test_resume.py::test_signal_finishes_the_step_saves_and_exits_75[SIGUSR1]",
     ),
+    Fault(
+        "time in which a rank was itself suspended counts as the others' silence", "hcsdl/distributed/heartbeat.py",
+        "passed_s, before = min(now - before, self._beat_s), now", "passed_s, before = now - before, now",
+        "tests/distributed/test_heartbeat.py::test_a_rank_that_was_itself_suspended_accuses_nobody", error="BrokenPipeError",
+    ),
+    Fault(
+        "cores kept aside are computed on", "hcsdl/machine/placement.py",
+        "split = max(0, len(cores) - config.spare_cores)", "split = len(cores)",
+        "tests/machine/test_placement.py::test_spare_cores_are_the_last_of_each_node",
+    ),
+    Fault(
+        "communication does not hold computing up in the prediction", "hcsdl/distributed/scaling.py",
+        "done = min(timeline.backward_s, done + together * overlap.compute_rate)", "done = min(timeline.backward_s, done + together)",
+        "tests/distributed/test_scaling.py::test_computing_and_communicating_hold_each_other_up",
+    ),
+    Fault(
+        "a copy is kept although its source has changed", "hcsdl/data/staging.py",
+        "return (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)", "return one.st_size == other.st_size",
+        "tests/data/test_staging.py::test_a_later_run_copies_only_what_is_missing_or_has_changed",
+    ),
+    Fault(
+        "a stopped job does not go back into the queue", "hcsdl/commands/slurm.py",
+        "return code in (STOPPED, *RESTARTED) and", "return code in RESTARTED and",
+        "tests/commands/test_sweep.py::test_a_job_goes_back_into_the_queue_only_where_that_can_help",
+    ),
+    Fault(
+        "collectives are done last come, first served", "hcsdl/distributed/oneccl/work.py",
+        "self._queue: SimpleQueue[Work | None] = SimpleQueue()", 'self._queue = __import__("queue").LifoQueue()',
+        "tests/distributed/test_oneccl.py::test_collectives_in_flight_keep_order_and_tensors",
+    ),
+    Fault(
+        "gradients sent as bf16 are summed, not averaged", "hcsdl/distributed/compression.py",
+        "sent = (buffer / dist.get_world_size(group)).to(torch.bfloat16)", "sent = buffer.to(torch.bfloat16)",
+        "tests/distributed/test_backends.py::test_gradients_sent_as_bf16_are_the_mean_to_rounding_and_alike_on_all_ranks",
+    ),
+    Fault(
+        "the wait for the other ranks is no communication", "hcsdl/training/step_time.py",
+        "exposed + agreement_s, optimizer_s]", "exposed, optimizer_s]",
+        "tests/training/test_step_time.py::test_communication_is_what_passes_take_longer_than_alone_and_the_wait_before",
+    ),
 ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from hcsdl.commands.compose import config_hash, from_yaml, to_yaml
+from hcsdl.commands.compose import config_hash, from_yaml, to_yaml, values
 from hcsdl.config import ConfigError, DistributedConfig, MachineConfig, file_name
 from hcsdl.distributed.heartbeat import take_leave
 from hcsdl.distributed.identity import Identity, export_identity, launcher_process, who_am_i
@@ -58,7 +58,8 @@ def run_on_ranks(command: str, config: RankedConfig, output: str | None, least_r
         _check_ranks(command, identity.world_size, least_ranks)
         export_identity(identity)
         take_place(own_place(identity.local_rank, identity.local_world_size, config.machine, identity.launcher))
-        return _be_rank(command, config, identity, open_folder(command, config, output) if identity.rank == 0 else None)
+        folder = _agreed_folder(command, config, output, identity)
+        return _be_rank(command, config, identity, folder if identity.rank == 0 else None)
     machine = read_machine()
     ranks = config.distributed.ranks or max(least_ranks, default_ranks(machine, config.machine.spare_cores))
     _check_ranks(command, ranks, least_ranks)
@@ -70,6 +71,19 @@ def run_on_ranks(command: str, config: RankedConfig, output: str | None, least_r
     if sentence:
         log.error("hcsdl: %s", sentence.partition(";")[0])  # the rest is about what a training has saved
     return code
+
+
+def _agreed_folder(command: str, config: RankedConfig, output: str | None, identity: Identity) -> Path:
+    """Return the folder that rank 0 opens once all ranks were asked for the same; its ConfigError ends them all."""
+    if config.machine.allocator == "keep":
+        keep_freed_memory()
+    with affinity_kept():
+        from hcsdl.distributed.handout import hand_out  # imports torch
+
+    asked = values(config) | {f"the version of {name}": text for name, text in versions().items()}
+    with Forwarder():  # which has nobody to pass a signal on to: it raises Stop
+        wait = config.distributed.timeout_s, config.distributed.silence_s
+        return Path(hand_out(identity, asked, lambda: str(open_folder(command, config, output).absolute()), *wait))
 
 
 def _check_ranks(command: str, ranks: int, least: int) -> None:

@@ -86,6 +86,18 @@ def settings(schema: type) -> list[str]:
     return [key for key in keys if not any(other.startswith(key + ".") for other in keys)]
 
 
+def values(config: object) -> dict[str, object]:
+    """Return every setting of a command's config object by its dotted key."""
+    return {key: value_of(config, key) for key in settings(type(config))}
+
+
+def value_of(config: object, key: str) -> object:
+    """Return the value of one dotted key."""
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
 def one_line(error: Exception, command: str) -> str:
     """Return Hydra's or OmegaConf's complaint as one line that names the key, and the nearest known key where it is unknown."""
     text = " ".join(str(error).split())

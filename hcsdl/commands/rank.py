@@ -47,6 +47,8 @@ def run_rank(path: Path, identity: Identity) -> int:
             log.exception("rank %d of %d failed", identity.rank, identity.world_size)
         elif identity.rank == 0 or code not in (2, 4, 75):  # what every rank would say alike, rank 0 says
             log.error("hcsdl: %s", error)
+        if identity.rank == 0 and identity.launcher != "own" and code in (2, 3, 5) and not any(folder.checkpoints.iterdir()):
+            folder.config.unlink(missing_ok=True)  # nothing was trained: the corrected command may use the folder
         take_leave("" if code in (4, 75) else f"{error}" or type(error).__name__)  # 4 and 75 end all ranks alike
         _leave(code)
     _leave(0)

@@ -6,18 +6,21 @@ the queue where it was stopped or lost a rank and going on makes sense.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from hcsdl.commands.compose import compose_command
 from hcsdl.config import ConfigError
 from hcsdl.distributed.launcher import FRUITLESS, RESTARTED, STOPPED
 from hcsdl.distributed.slurm import Job, batch_job, requeue, run_tasks
 from hcsdl.machine.process import forgive_standard_streams
-from hcsdl.training.run_folder import RunFolder
+from hcsdl.training.run_folder import RunFolder, write_json
 
 log = logging.getLogger(__name__)
+LAST_START = "last_start.json"  # in the run folder: the job and its start that saved something last
 
 
 def main() -> int:
@@ -41,19 +44,27 @@ def main() -> int:
 
 def train(job: Job, words: Sequence[str], folder: RunFolder) -> tuple[int, bool]:
     """Run `hcsdl train` with `words` on every task of the job, in `folder`; return the exit code and whether the job was sent back into the queue."""
-    before = folder.last_saved()
+    before, last_start = folder.last_saved(), folder.path / LAST_START
     log.info("job %s, start %d, run folder %s", job.name, job.restarts + 1, folder.path)
     quoted = str(folder.path).replace("'", "\\'")
     code = run_tasks([sys.executable, "-m", "hcsdl", "train", *words, f"run_dir='{quoted}'"])
-    again = goes_on(code, folder.last_saved() > before, job.restarts) and requeue(job)
+    if folder.last_saved() > before:
+        write_json(last_start, {"job": job.number, "restarts": job.restarts})
+    again = goes_on(code, fruitless_starts(job, last_start)) and requeue(job)
     if code:
         log.info("job %s ended with code %d%s", job.name, code, " and goes back into the queue" if again else "")
     return code, again
 
 
-def goes_on(code: int, progress: bool, restarts: int) -> bool:
+def fruitless_starts(job: Job, last_start: Path) -> int:
+    """Return how many of the job's starts, up to this one, have saved nothing new in a row; `last_start` names the last that has saved something."""
+    saved = json.loads(last_start.read_text(encoding="utf-8")) if last_start.exists() else {}
+    return job.restarts - (saved["restarts"] if saved.get("job") == job.number else -1)
+
+
+def goes_on(code: int, fruitless: int) -> bool:
     """Return whether a job that ended with `code` should start again: stopped, or short of a rank, and not for ever without saving anything new."""
-    return code in (STOPPED, *RESTARTED) and (progress or restarts < FRUITLESS)
+    return code in (STOPPED, *RESTARTED) and fruitless < FRUITLESS
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import shutil
 from datetime import datetime
 from pathlib import Path
 
-from hcsdl.commands.compose import from_yaml, settings, to_yaml
+from hcsdl.commands.compose import from_yaml, to_yaml, value_of, values
 from hcsdl.commands.prepare import check_batch, plan_ranks, prepare
 from hcsdl.config import ConfigError, TrainCommand
 from hcsdl.distributed.identity import Identity, export_identity, unused_nodes, who_am_i
@@ -90,11 +90,9 @@ def _run_as_rank(config: TrainCommand, identity: Identity) -> int:
             return json.dumps({"finished": True})
         with on_cpus(all_cpus):
             prepare_run(config, folder)
-        return json.dumps({"run_dir": str(folder.path.resolve())})
+        return json.dumps({"run_dir": str(folder.path.absolute())})
 
-    asked = {key: _value(config, key) for key in settings(type(config))} | {
-        f"the version of {name}": text for name, text in versions().items()
-    }
+    asked = values(config) | {f"the version of {name}": text for name, text in versions().items()}
     try:
         with Forwarder():  # which has nobody to pass a signal on to: it raises Stop
             told = json.loads(hand_out(identity, asked, compose_once, config.distributed.timeout_s, config.distributed.silence_s))
@@ -127,7 +125,7 @@ def finished(folder: RunFolder, config: TrainCommand) -> bool:
     before = from_yaml("train", folder.config.read_text(encoding="utf-8"))
     changed = [key for key in differences(before, config) if key not in MAY_CHANGE]
     if changed:
-        said = ", ".join(f"{key} was {_value(before, key)!r} and is {_value(config, key)!r}" for key in changed[:3])
+        said = ", ".join(f"{key} was {value_of(before, key)!r} and is {value_of(config, key)!r}" for key in changed[:3])
         raise ConfigError(
             f"a run goes on with its own configuration. In {folder.path} {said}; name another run_dir, or start from it with training.resume={folder.path}."
         )
@@ -171,12 +169,6 @@ def differences(before: object, after: object, prefix: str = "") -> list[str]:
         elif one != other:
             keys.append(prefix + item.name)
     return keys
-
-
-def _value(config: object, key: str) -> object:
-    for name in key.split("."):
-        config = getattr(config, name)
-    return config
 
 
 def headline(summary: dict) -> str:

@@ -7,6 +7,7 @@ lost, or a collective that outlasts `timeout_s`, raises `LostRank`.
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -30,6 +31,18 @@ START_S = 60.0  # what oneCCL has for starting, when gloo is there instead; a gu
 def first_line(error: Exception) -> str:
     """Return the first line of an error's text, its kind where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# How a RuntimeError reads that is a failed collective's: gloo's have no type of their own, and the autograd engine keeps but the text of an error
+# of a collective that DistributedDataParallel started ("…: CclError: …", tried with torch 2.8 and 2.13).
+COMMUNICATION = re.compile(
+    r"/gloo/|\bCclError\b|\boneCCL\b|Application timeout caused pair closure|Connection (closed|reset) by peer|Broken pipe"
+)
+
+
+def of_communication(error: RuntimeError) -> bool:
+    """Return whether an error comes from talking to other ranks, not from computing: no memory left, shapes that do not fit."""
+    return isinstance(error, dist.DistError) or type(error).__name__ == "CclError" or bool(COMMUNICATION.search(str(error)))
 
 
 class Group:
@@ -59,7 +72,7 @@ class Group:
                 )
 
     def guard(self, what: str, call: Callable[[], Any]) -> Any:
-        """Return `call()`; a RuntimeError in it, which is how backends report a dead peer or a time-out, becomes `LostRank`."""
+        """Return `call()`; what backends raise for a dead peer or a time-out becomes `LostRank`, other errors in it stay what they are."""
         if self.world_size == 1:
             return call()
         self._begun += 1
@@ -67,9 +80,9 @@ class Group:
             self._heart.note(f"{what} #{self._begun}")
         try:
             return call()
-        except LostRank:
-            raise
         except RuntimeError as error:
+            if isinstance(error, LostRank) or not of_communication(error):
+                raise
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             why = self._heart.blame() if self._heart else ""
             why = why or f"another rank is lost or stuck. {first}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -26,9 +26,42 @@ _kept: list[dist.Store] = []  # rank 0's end of the store must outlive what the 
 
 
 def shared_store(timeout_s: float) -> dist.Store:
-    """Return the store in which all ranks of this start, and no others, meet. Raises RuntimeError where they do not within `timeout_s`."""
-    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-    return dist.PrefixStore(" ".join(["start", *(os.environ.get(name, "0") for name in START)]), store)
+    """Return the store in which all ranks of this start, and no others, have met; rank 0 holds it, with torchrun its agent.
+
+    Raises LostRank where its port is taken, or naming the ranks that have not come within `timeout_s`.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agents, wait = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True", timedelta(seconds=timeout_s)
+    try:
+        holds = rank == 0 and not agents
+        store = dist.TCPStore(host, port, world_size, holds, wait, wait_for_workers=False, multi_tenant=True)
+    except dist.DistError as error:
+        first = str(error).splitlines()[0]
+        if "EADDRINUSE" in first:
+            raise LostRank(f"rank 0 must open port {port} for the others to meet at. Another program has taken it; start again.") from error
+        raise LostRank(
+            f"rank {rank} of {world_size} must reach rank 0 at {host}:{port} within {timeout_s:g} s. It could not: {first}"
+        ) from error
+    store = dist.PrefixStore(" ".join(["start", *(os.environ.get(name, "0") for name in START)]), store)
+    keys = [f"hcsdl/here/{other}" for other in range(world_size)]
+    try:
+        store.set(keys[rank], "")
+        store.wait(keys, wait)
+    except dist.DistError as error:
+        raise LostRank(
+            f"rank {rank} of {world_size}: all ranks must come within {timeout_s:g} s. {_who_is_missing(store, keys)}"
+        ) from error
+    return store
+
+
+def _who_is_missing(store: dist.Store, keys: Sequence[str]) -> str:
+    try:
+        missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+    except dist.DistError:
+        return "Rank 0, which holds their store, has ended: its log says why."
+    more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+    return f"Rank {', '.join(missing[:8])}{more} did not: its log, or its launcher's, says why."
 
 
 def hand_out(identity: Identity, asked: Mapping[str, object], make: Callable[[], str], timeout_s: float, silence_s: float) -> str:
@@ -54,13 +87,17 @@ def hand_out(identity: Identity, asked: Mapping[str, object], make: Callable[[],
         watch(store, identity.rank, identity.world_size, silence_s)
         store.set(f"hcsdl/asked/{identity.rank}", json.dumps({"host": identity.host, "asked": dict(asked)}))
         if identity.rank == 0:
-            difference = compare([_asked(store, rank, identity, timeout_s) for rank in range(identity.world_size)])
+            keys = [f"hcsdl/asked/{rank}" for rank in range(identity.world_size)]
+            store.wait(keys, timedelta(seconds=timeout_s))
+            difference = compare([json.loads(store.get(key)) for key in keys])
             store.set("hcsdl/difference", difference)
         else:
             store.wait(["hcsdl/difference"], timedelta(seconds=2 * timeout_s))
             difference = store.get("hcsdl/difference").decode()
-    except (RuntimeError, dist.DistError) as error:
-        raise LostRank(f"{identity}: the other ranks must come within {timeout_s:g} s. {str(error).splitlines()[0]}") from error
+    except dist.DistError as error:
+        raise LostRank(
+            f"{identity}: the other ranks must say within {timeout_s:g} s what they were asked for. {str(error).splitlines()[0]}"
+        ) from error
     if identity.rank > 0:
         if difference:
             store.add("hcsdl/heard", 1)
@@ -83,7 +120,7 @@ def _receive(store: dist.Store, identity: Identity) -> str:
     try:
         store.wait(["hcsdl/text"], PREPARING)
         text = store.get("hcsdl/text").decode()
-    except (RuntimeError, dist.DistError) as error:
+    except dist.DistError as error:
         raise LostRank(f"{identity}: rank 0 went away while it prepared the run. {str(error).splitlines()[0]}") from error
     store.add("hcsdl/heard", 1)
     if text.startswith("!"):
@@ -96,17 +133,6 @@ def _until_heard(store: dist.Store, ranks: int) -> None:
     limit = time.monotonic() + HEARD_S
     while store.add("hcsdl/heard", 0) < ranks and time.monotonic() < limit:
         time.sleep(0.01)
-
-
-def _asked(store: dist.Store, rank: int, identity: Identity, timeout_s: float) -> dict:
-    key = f"hcsdl/asked/{rank}"
-    try:
-        store.wait([key], timedelta(seconds=timeout_s))
-    except (RuntimeError, dist.DistError) as error:
-        raise LostRank(
-            f"{identity}: rank {rank} must come within {timeout_s:g} s. It did not: its log, or its launcher's, says why."
-        ) from error
-    return json.loads(store.get(key))
 
 
 def compare(asked: list[dict]) -> str:

@@ -24,6 +24,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hcsdl.machine.process import show_held_output
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
@@ -68,7 +70,8 @@ class Heartbeat:
         self._client = store.clone()
         self._beat_s = min(BEAT_S, silence_s / 6)
         self._read_s = min(max(self._beat_s, world_size / RANKS_READ_A_SECOND), silence_s / 4)
-        self._host, self._beat, self._state, self._said = socket.gethostname(), 0, HERE, ""
+        self._host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # as an Identity's
+        self._beat, self._state, self._said = 0, HERE, ""
         self._note, self._numbers = (0, ""), itertools.count(1)
         self._peers: dict[int, Peer] = {}
         self._callbacks: list[Callable[[str], None]] = []
@@ -113,6 +116,10 @@ class Heartbeat:
         if behind:
             self._decide(f"{self._named(behind)} did not come as far as {note}.")
         return self.verdict
+
+    def alone(self) -> bool:
+        """Return whether every other rank has left in peace: nobody is lost then, not even the store, and nobody is there for a collective."""
+        return len(self._peers) == self.world_size - 1 and all(peer.state == DONE for peer in self._peers.values())
 
     def stop(self, trouble: str = "") -> None:
         """Take leave of the others and end the threads: in peace, or with what went wrong here, which is the others' reason to end too.
@@ -185,6 +192,7 @@ class Heartbeat:
             except Exception:  # this thread has to live on: it is the one that ends the process
                 log.exception("hcsdl: what was to happen after a loss failed")
         if not self._ended.wait(LEAVE_S + 2 * self._read_s):
+            show_held_output()
             log.error("hcsdl: rank %d of %d ends: %s", self.rank, self.world_size, self.verdict)
             os._exit(LostRank.exit_code)
 
@@ -192,6 +200,8 @@ class Heartbeat:
         """Add the time that passed to everybody's silence; return a sentence on who is lost, "" where nobody is."""
         limit_s = min(self.silence_s, EVIDENCE_S) if self._suspicious else self.silence_s
         with self._lock:
+            if self.alone():
+                return ""
             if self._closed:
                 self._closed_s += passed_s
             else:

@@ -6,6 +6,7 @@ are ended too; the code returned is the one the failing rank gave, or 5 where a 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -18,6 +19,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from hcsdl.distributed.identity import OWN_LAUNCHER
+from hcsdl.distributed.rendezvous import free_port
 from hcsdl.machine.binding import place_environment, placed
 from hcsdl.machine.placement import Place
 
@@ -32,38 +34,41 @@ GRACE_S = 10.0  # a rank that knows of its peer's failure gets this long to say 
 
 
 def start_ranks(arguments: Sequence[str], places: Sequence[Place], logs: Path) -> list[subprocess.Popen]:
-    """Start `python <arguments>` at each of `places`; rank 0 speaks on our terminal, the others into `logs/rank<i>.log`."""
-    port = _free_port()
-    children = []
+    """Start `python <arguments>` at each of `places`; rank 0 speaks on our terminal, the others into `logs/rank<i>.log`.
+
+    Where one cannot be started (OSError), those that were are ended.
+    """
+    port = free_port()
+    children: list[subprocess.Popen] = []
     # A signal that comes before a rank can handle it waits in its mask, which it inherits and lifts when it can.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    for rank, place in enumerate(places):
-        environment = (
-            os.environ
-            | place_environment(place)
-            | {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(len(places)),
-                "LOCAL_RANK": str(rank),
-                "LOCAL_WORLD_SIZE": str(len(places)),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                OWN_LAUNCHER: str(os.getpid()),
-            }
-        )
-        output = None if rank == 0 else open(logs / f"rank{rank}.log", "a")
-        with placed(place):
-            children.append(subprocess.Popen([sys.executable, *arguments], env=environment, stdout=output, stderr=output))
-        if output:
-            output.close()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        for rank, place in enumerate(places):
+            environment = (
+                os.environ
+                | place_environment(place)
+                | {
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(len(places)),
+                    "LOCAL_RANK": str(rank),
+                    "LOCAL_WORLD_SIZE": str(len(places)),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                    OWN_LAUNCHER: str(os.getpid()),
+                }
+            )
+            with contextlib.ExitStack() as stack:
+                output = None if rank == 0 else stack.enter_context(open(logs / f"rank{rank}.log", "a"))
+                stack.enter_context(placed(place))
+                children.append(subprocess.Popen([sys.executable, *arguments], env=environment, stdout=output, stderr=output))
+    except BaseException:
+        for child in children:
+            child.kill()
+            child.wait()
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return children
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def supervise(
@@ -101,6 +106,7 @@ def watch_ranks(children: Sequence[subprocess.Popen], silence_s: float = 30.0) -
 
     A rank's own code (bad data, non-finite loss, …) goes before a lost peer's 5. When one has ended badly the others get `silence_s` to find out
     and `GRACE_S` to end; once one ends for the loss of another, `GRACE_S`. A rank that was asked to stop leaves the others to stop by themselves.
+    Rank 0 writes what comes out and may end long after the others; none may outlive its good end by more than `silence_s` and `GRACE_S`.
     """
     failed: dict[int, int] = {}
     stuck: set[int] = set()
@@ -112,13 +118,16 @@ def watch_ranks(children: Sequence[subprocess.Popen], silence_s: float = 30.0) -
                 failed[rank] = code
                 if code != STOPPED:
                     deadline = min(deadline, time.monotonic() + GRACE_S + (silence_s if code != LOST_RANK else 0))
+        if children[0].returncode in (0, STOPPED):
+            deadline = min(deadline, time.monotonic() + GRACE_S + silence_s)
         if all(child.returncode is not None for child in children):
             break
         if time.monotonic() > deadline:
             for rank, child in enumerate(children):
-                if child.poll() is None:
+                if rank not in stuck and child.poll() is None:
                     stuck.add(rank)
                     child.kill()
+                    log.warning("hcsdl: rank %d did not end and was killed.", rank)
         time.sleep(0.05)
     return verdict(failed, stuck)
 

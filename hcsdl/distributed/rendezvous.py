@@ -1,10 +1,12 @@
-"""Where ranks that srun or mpirun started meet: rank 0's host, and a port all of them work out alike. No torch.
+"""Where ranks meet: rank 0's host, and a port that is free there, or that all of them work out alike (srun, mpirun). No torch.
 
 In: the launcher's environment. Out: host and port for torch's `env://` rendezvous.
 """
 
 from __future__ import annotations
 
+import contextlib
+import random
 import re
 import socket
 import subprocess
@@ -68,6 +70,21 @@ def numbered_port(env: Mapping[str, str], launcher: str) -> int:
             "the ranks must know the port of rank 0, which this mpirun does not tell. MASTER_PORT is missing: hand a free one to all ranks."
         )
     return FIRST_PORT + zlib.crc32(name.encode()) % PORTS
+
+
+def free_port() -> int:
+    """Return a port for ranks to meet at that nobody listens at on this host, where rank 0 will run.
+
+    Not one that the kernel would name: before rank 0 listens there, it could be given to an outgoing connection. Nor one worked out from a job's
+    number, where there is a choice: it may be another cluster's job's here, or any program's. Raises OSError where none of 100 ports is free.
+    """
+    for port in random.SystemRandom().sample(range(FIRST_PORT, FIRST_PORT + PORTS), 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store does: a port just left is free
+            with contextlib.suppress(OSError):
+                probe.bind(("", port))
+                return port
+    raise OSError(f"none of 100 ports from {FIRST_PORT} on is free on {socket.gethostname()}")
 
 
 def expand_nodes(text: str) -> list[str]:

@@ -9,23 +9,25 @@ time); SIGTERM to everything (`scontrol requeue`, `scancel`), where the ranks ha
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hcsdl.config import ConfigError
 from hcsdl.distributed.launcher import LOST_RANK, OUR_CODES, STOP_SIGNALS
-from hcsdl.distributed.rendezvous import FIRST_PORT, PORTS
+from hcsdl.distributed.rendezvous import free_port
 
 log = logging.getLogger(__name__)
 
+# Why a job waits for a person, as `squeue -o %r` writes it; besides these, what a single job may not be (AssocMax…PerJobLimit), and jobs on hold.
+HOPELESS = re.compile(
+    r"held|DependencyNeverSatisfied|PartitionTimeLimit|BadConstraints|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed|PerJob",
+    re.IGNORECASE,
+)
 # Slurm's states of a job that has not ended, as `squeue -o %T` writes them.
 ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "REQUEUED", "REQUEUE_FED", "RESIZING", "SIGNALING", "STAGE_OUT"}  # fmt: skip
 EXITED = re.compile(rb"srun: error: .*?: tasks? [\d,\-]+: Exited with exit code (\d+)$")
@@ -91,20 +93,6 @@ def run_tasks(command: Sequence[str]) -> int:
     return one_code(running[0].wait(), said)
 
 
-def free_port() -> int:
-    """Return a port for the ranks to meet at that nobody listens at on this host, where the batch script and rank 0 run.
-
-    A port worked out from the job's number, as ranks without a batch script must, may be another cluster's job's here, or any program's.
-    """
-    for port in random.SystemRandom().sample(range(FIRST_PORT, FIRST_PORT + PORTS), 100):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store does: a port just left is free
-            with contextlib.suppress(OSError):
-                probe.bind(("", port))
-                return port
-    raise OSError(f"none of 100 ports from {FIRST_PORT} on is free on {socket.gethostname()}")
-
-
 def pass_through(pipe: int) -> list[int]:
     """Write what srun and its tasks say to our standard error until it ends; return the exit codes of tasks that srun names, in its order."""
     codes: list[int] = []
@@ -132,31 +120,34 @@ def states(array: str) -> dict[int, str] | None:
 
     None where Slurm does not answer. Some minutes after their end it has forgotten them.
     """
-    code, said = _ask("squeue", "--noheader", "--array", "--states=all", f"--jobs={array}", "--format=%K %T %r")
-    if code and "Invalid job id" not in said:
+    code, found, complaint = _ask("squeue", "--noheader", "--array", "--states=all", f"--jobs={array}", "--format=%K %T %r")
+    if code and "Invalid job id" not in complaint:
         return None
-    lines = [] if code else [line.split(maxsplit=1) for line in said.splitlines()]
+    lines = [] if code else [line.split(maxsplit=1) for line in found.splitlines()]
     return {int(element) if element.isdigit() else 0: told.removesuffix(" None") for element, told in lines}
 
 
 def still_going(told: dict[int, str] | None) -> bool:
-    """Return whether a job of `states` runs or will run by itself. One on hold does not; and Slurm's silence says nothing."""
-    return told is None or any(text.split()[0] in ALIVE and "held" not in text.lower() for text in told.values())
+    """Return whether a job of `states` runs or will run by itself, unlike one on hold or whose wish no node can meet. Slurm's silence says nothing."""
+    return told is None or any(
+        text.split()[0] in ALIVE and not (text.startswith("PENDING") and HOPELESS.search(text)) for text in told.values()
+    )
 
 
 def requeue(job: Job) -> bool:
     """Send a running job back into the queue; return whether Slurm took it. A job that is being cancelled or requeued already is left alone."""
     if state(job.number) != "RUNNING":
         return False
-    code, said = _ask("scontrol", "requeue", job.number)
+    code, _, complaint = _ask("scontrol", "requeue", job.number)
     if code:
-        log.error("hcsdl: job %s could not be requeued: %s", job.name, said)
+        log.error("hcsdl: job %s could not be requeued: %s", job.name, complaint)
     return code == 0
 
 
-def _ask(*words: str) -> tuple[int, str]:
+def _ask(*words: str) -> tuple[int, str, str]:
+    """Return exit code, standard output and standard error: a warning there is not a part of the answer."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return 1, str(error)
-    return done.returncode, (done.stdout + done.stderr).strip()
+        return 1, "", str(error)
+    return done.returncode, done.stdout.strip(), done.stderr.strip()

@@ -87,7 +87,8 @@ def bound_by_launcher(local_ranks: int, launcher: str) -> bool:
     common with others. Of other launchers we look whether the launcher, the first of our ancestors that is no shell, has more CPUs.
     """
     if launcher == "srun":
-        masks = [mask for mask in os.environ.get("SLURM_CPU_BIND_LIST", "").split(",") if mask]
+        listed = os.environ.get("SLURM_CPU_BIND_LIST", "").split(",")
+        masks = [mask for mask in listed if mask[:1].isdigit()]  # with ldoms it is the word "ldoms"
         if masks:
             return len(set(masks)) == local_ranks
         kind = os.environ.get("SLURM_CPU_BIND_TYPE", "")

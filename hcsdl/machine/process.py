@@ -59,22 +59,41 @@ def forgive_standard_streams() -> None:
 
 @contextmanager
 def held_back_output() -> Iterator[None]:
-    """Hold back what native libraries print (file descriptors 1 and 2) inside the context; it is shown only if the context raises."""
+    """Hold back what native libraries print (file descriptors 1 and 2) inside the context; it is shown if the context raises, or `show_held_output`.
+
+    Contexts do not nest.
+    """
+    global _held
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]
     with tempfile.TemporaryFile() as held:
         os.dup2(held.fileno(), 1)
         os.dup2(held.fileno(), 2)
+        _held = kept, held.fileno()
         try:
             yield
         except BaseException:
-            _restore(kept)
-            held.seek(0)
-            with suppress(OSError):
-                os.write(2, held.read())
+            show_held_output()
             raise
-        _restore(kept)
+        finally:
+            _held = None
+            _restore(kept)
+            for copy in kept:
+                os.close(copy)
+
+
+_held: tuple[list[int], int] | None = None  # while output is held back: the true file descriptors 1 and 2, and the file it goes to
+
+
+def show_held_output() -> None:
+    """Where output is held back, in this or another thread, show it, and from now on all that is printed: for last words before the process ends."""
+    if _held is None:
+        return
+    kept, file = _held
+    _restore(kept)
+    with suppress(OSError):
+        os.write(2, os.pread(file, os.fstat(file).st_size, 0))
 
 
 def _restore(kept: list[int]) -> None:
@@ -82,4 +101,3 @@ def _restore(kept: list[int]) -> None:
     sys.stderr.flush()
     for number, copy in zip((1, 2), kept, strict=True):
         os.dup2(copy, number)
-        os.close(copy)

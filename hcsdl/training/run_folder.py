@@ -6,6 +6,7 @@
     preprocessing.npz  the fitted intensity and shading   tensorboard/        curves
     summary.json       what came out                     lock                who writes now: host, process, attempt
     journal.jsonl      what happened, a JSON object a line
+    last_start.json    under Slurm: the job and its start that saved something last
 
 Promises: one writer at a time; a dead writer's lock is taken over; a writer that is no longer the newest attempt refuses to save.
 """

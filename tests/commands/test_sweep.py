@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from hcsdl.commands.slurm import goes_on
+from hcsdl.commands.slurm import fruitless_starts, goes_on
 from hcsdl.commands.sweep import combinations, launcher_fields, run
 from hcsdl.commands.sweep_table import JOB, print_table, write_sweep
 from hcsdl.config import ConfigError, SweepCommand
+from hcsdl.distributed.slurm import Job
 from hcsdl.training.run_folder import write_json
 
 pytestmark = pytest.mark.xeon_only
@@ -75,12 +76,19 @@ def test_the_fields_of_the_submitit_launcher_reach_the_batch_script() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "progress", "restarts", "expected"),
+    ("code", "fruitless", "expected"),
     [
-        (75, True, 100, True), (75, False, 0, True), (75, False, 3, False),  # stopped: as long as it gets anywhere
-        (5, True, 100, True), (5, False, 2, True), (5, False, 3, False), (1, False, 3, False),  # a rank was lost: not for ever in vain
-        (0, True, 0, False), (2, True, 0, False), (3, True, 0, False), (4, True, 0, False),  # done, or what no restart mends
+        (75, 0, True), (5, 2, True), (1, 2, True), (75, 3, False), (5, 3, False), (1, 3, False),  # stopped or short of a rank: not for ever in vain
+        (0, 0, False), (2, 0, False), (3, 0, False), (4, 0, False),  # done, or what no restart mends
     ],
 )  # fmt: skip
-def test_a_job_goes_back_into_the_queue_only_where_that_can_help(code: int, progress: bool, restarts: int, expected: bool) -> None:
-    assert goes_on(code, progress, restarts) is expected
+def test_a_job_goes_back_into_the_queue_only_where_that_can_help(code: int, fruitless: int, expected: bool) -> None:
+    assert goes_on(code, fruitless) is expected
+
+
+def test_starts_are_fruitless_since_the_last_that_saved_something(tmp_path: Path) -> None:
+    last_start = tmp_path / "last_start.json"
+    assert [fruitless_starts(Job("7", "7", restarts), last_start) for restarts in range(3)] == [1, 2, 3]
+    write_json(last_start, {"job": "7", "restarts": 20})
+    assert [fruitless_starts(Job("7", "7", restarts), last_start) for restarts in (20, 21, 23)] == [0, 1, 3]
+    assert fruitless_starts(Job("8", "8", 0), last_start) == 1, "another job's starts are not this one's"

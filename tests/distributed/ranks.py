@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from hcsdl.distributed.launcher import _free_port
+from hcsdl.distributed.rendezvous import free_port
 
 SCRIPT = """
 import importlib, json, os, sys
@@ -30,7 +30,7 @@ os._exit(0)
 
 def on_ranks(function: object, world_size: int, timeout_s: float = 60, backend: str = "gloo") -> list[dict]:
     """Return what `function(group)` gave on each rank, as {"value": …} or {"error": …, "text": …}; {} for a rank that died."""
-    port = str(_free_port())
+    port = str(free_port())
     name = f"{function.__module__}.{function.__name__}"  # type: ignore[attr-defined]
     ranks = []
     for rank in range(world_size):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hcsdl.distributed.handout import compare
-from hcsdl.distributed.launcher import _free_port
+from hcsdl.distributed.rendezvous import free_port
 from tests import runs
 
 
@@ -23,7 +25,7 @@ def test_the_first_difference_is_told_with_both_values_ranks_and_hosts() -> None
     )
 
 
-def start(rank: int, port: int, *words: str) -> subprocess.Popen:
+def start(rank: int, port: int, *words: str, command: Sequence[str] = ("train", *runs.TINY)) -> subprocess.Popen:
     env = {
         "RANK": str(rank),
         "WORLD_SIZE": "2",
@@ -32,12 +34,17 @@ def start(rank: int, port: int, *words: str) -> subprocess.Popen:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    command = [sys.executable, "-m", "hcsdl", "train", *runs.TINY, *words]
-    return subprocess.Popen(command, env=runs.environment() | env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "hcsdl", *command, *words],
+        env=runs.environment() | env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_ranks_asked_for_different_things_stop_before_anything_is_done(tmp_path: Path) -> None:
-    port, run = _free_port(), tmp_path / "run"
+    port, run = free_port(), tmp_path / "run"
     ranks = [start(rank, port, f"plates.root={tmp_path}", f"run_dir={run}", f"training.learning_rate=0.0{rank + 1}") for rank in range(2)]
     for process in ranks:
         _, said = process.communicate(timeout=100)
@@ -48,6 +55,34 @@ def test_ranks_asked_for_different_things_stop_before_anything_is_done(tmp_path:
 
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     words = [f"plates.root={tmp_path}", f"run_dir={tmp_path / 'run'}", "distributed.timeout_s=3"]
-    process = start(0, _free_port(), *words)
+    process = start(0, free_port(), *words)
     _, said = process.communicate(timeout=100)
-    assert process.returncode == 5 and "rank 0 of 2 on" in said and "within 3 s" in said, said
+    assert process.returncode == 5 and "rank 0 of 2: all ranks must come within 3 s. Rank 1 did not" in said, said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_trained_nothing_leaves_its_folder_to_the_corrected_command(tmp_path: Path, tiny_plates: Path) -> None:
+    port, run, weights = free_port(), tmp_path / "run", tmp_path / "weights.pt"
+    weights.write_text("none")
+    ranks = [start(rank, port, f"plates.root={tiny_plates}", f"run_dir={run}", f"training.resume={weights}") for rank in range(2)]
+    said = [process.communicate(timeout=100)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [3, 3], said
+    assert (run / "plan.json").exists() and not (run / "config.yaml").exists()
+
+
+def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = start(0, port, f"plates.root={tmp_path}", f"run_dir={tmp_path / 'run'}")
+        _, said = process.communicate(timeout=100)
+    assert process.returncode == 5 and f"rank 0 must open port {port} for the others to meet at. Another program has taken it" in said, said
+
+
+def test_a_benchmark_that_cannot_write_ends_on_every_rank(tmp_path: Path) -> None:
+    folder, port = tmp_path / "out", free_port()
+    folder.mkdir()
+    (folder / "result.json").touch()
+    ranks = [start(rank, port, f"bench.output={folder}", command=["bench", "comm"]) for rank in range(2)]
+    said = [process.communicate(timeout=100)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2], said
+    assert "must not hold a result" in said[0]

@@ -51,6 +51,32 @@ def test_a_rank_that_stops_at_a_signal_leaves_the_others_their_time(tmp_path: Pa
     assert watch_ranks(start_ranks(["-c", script], places(2), logs=tmp_path), silence_s=0.1) == (75, "")
 
 
+def test_a_rank_that_does_not_end_after_rank_0_is_ended_and_the_result_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hcsdl.distributed.launcher.GRACE_S", 0.1)
+    script = "import os, time; time.sleep(100 if os.environ['RANK'] == '1' else 0)"
+    children = start_ranks(["-c", script], places(2), logs=tmp_path)
+    assert watch_ranks(children, silence_s=0.1) == (0, "")
+    assert [child.returncode for child in children] == [0, -9] and "rank 1 did not end and was killed" in caplog.text
+
+
+def test_rank_0_may_end_long_after_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hcsdl.distributed.launcher.GRACE_S", 0.1)
+    script = "import os, time; time.sleep(1.5 if os.environ['RANK'] == '0' else 0)"
+    children = start_ranks(["-c", script], places(2), logs=tmp_path)
+    assert watch_ranks(children, silence_s=0.1) == (0, "") and children[0].returncode == 0
+
+
+def test_where_a_rank_cannot_be_started_none_stays(tmp_path: Path) -> None:
+    (tmp_path / "rank1.log").mkdir()
+    mark, before = str(tmp_path), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with pytest.raises(IsADirectoryError):
+        start_ranks(["-c", "import time; time.sleep(100)", mark], places(2), logs=tmp_path)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    assert not [one for one in Path("/proc").glob("[0-9]*/cmdline") if mark in one.read_text(errors="replace")]
+
+
 def places(ranks: int, threads: int = 1) -> list[Place]:
     return [Place(threads, (), bound=False)] * ranks
 

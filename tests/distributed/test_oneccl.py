@@ -18,7 +18,7 @@ from hcsdl.distributed import oneccl
 from hcsdl.distributed.oneccl import library, settings
 from hcsdl.distributed.oneccl.meeting import meet
 from hcsdl.distributed.oneccl.settings import Place
-from tests.distributed.oneccl_ranks import finish, on_ranks, start
+from tests.distributed.oneccl_ranks import end_codes, finish, on_ranks, start
 
 
 def lines_of(script: str, **env: str) -> list[str]:
@@ -85,11 +85,11 @@ def test_neighbours_share_memory_only_where_they_can(monkeypatch: pytest.MonkeyP
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("CCL_ATL_SHM", "1")
-    two_nodes = [Place("a", "1"), Place("b", "2"), Place("a", "1")]
+    two_nodes = [Place("a", "1", 1000), Place("b", "2", 1000), Place("a", "1", 1000)]
     settings.before_first_communicator(2, two_nodes)
     assert (os.environ["CCL_LOCAL_RANK"], os.environ["CCL_LOCAL_SIZE"], os.environ["CCL_ATL_SHM"]) == ("1", "2", "1")
     assert "FI_TCP_IFACE" not in os.environ  # the loopback does not reach the other node
-    settings.before_first_communicator(0, [Place("a", "1"), Place("a", "2")])
+    settings.before_first_communicator(0, [Place("a", "1", 1000), Place("a", "2", 1000)])
     assert os.environ["CCL_ATL_SHM"] == "0"
 
 
@@ -325,9 +325,7 @@ def leave_at_once() -> int:
 @pytest.mark.parametrize("function", ["leave_at_once", "in_flight"])
 def test_processes_end_by_themselves(function: str) -> None:
     """Ten pairs with and ten without destroy_process_group: every process ends with code 0 within the time that is waited."""
-    pairs = [start(globals()[function], 2) for _ in range(10)]
-    for ranks in pairs:
-        assert [one["code"] for one in finish(ranks)] == [0, 0]
+    assert end_codes(globals()[function], 10, at_once=5) == [0] * 20
 
 
 def test_a_meeting_without_a_store_names_rank_0() -> None:

@@ -93,3 +93,20 @@ print('done')
     assert (calm.stdout, calm.stderr) == ("done\n", "")
     failed = subprocess.run([sys.executable, "-c", script, "fail"], capture_output=True, text=True, check=False)
     assert "noise" in failed.stderr and "more" in failed.stderr and failed.returncode == 1
+
+
+def test_last_words_of_a_thread_are_heard_while_output_is_held_back() -> None:
+    script = """
+import os, sys, threading, time
+from hcsdl.machine.process import held_back_output, show_held_output
+def end():
+    show_held_output()
+    print('last words', file=sys.stderr, flush=True)
+    os._exit(5)
+with held_back_output():
+    os.write(1, b'noise, ')
+    threading.Thread(target=end).start()
+    time.sleep(100)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (ended.stdout, ended.stderr, ended.returncode) == ("", "noise, last words\n", 5)

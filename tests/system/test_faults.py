@@ -228,7 +228,7 @@ def test_torchrun_starts_the_ranks_again(tiny_plates: Path, tmp_path: Path) -> N
     agent = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "hcsdl", *words(tiny_plates, folder, BEST, LONG)],
         env=runs.environment() | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=runs.with_the_tests(),
+        preexec_fn=runs.with_the_tests(),  # noqa: PLW1509
     )  # fmt: skip
     runs.wait_for_step(agent, folder, 3)
     os.kill(runs.children(agent)[1], signal.SIGKILL)

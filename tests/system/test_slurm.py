@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,7 +57,8 @@ def undisturbed(cluster: Cluster, tiny_plates: Path) -> tuple[Path, str]:
     folder = tiny_plates.parent / "undisturbed"
     with open(tiny_plates.parent / "undisturbed.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
+        if not list(folder.glob("runs/*/summary.json")):
+            shutil.rmtree(folder, ignore_errors=True)  # of a try that failed
             folder.mkdir()
             Submitted(cluster, tiny_plates, folder, TWO_NODES).finish()
     return folder, runs.digest(next((folder / "runs").iterdir()))

@@ -1,8 +1,8 @@
 """The `ccl` backend of torch.distributed: collectives over Intel's oneCCL, for CPUs.
 
 In: `import hcsdl.distributed.oneccl`, nothing more. Out: `init_process_group("ccl")` works. Where Intel's own `oneccl_bindings_for_pytorch` can be
-imported, that is what is registered; else our own thin binding over the C API of the `oneccl` package. The library's settings are put into the
-environment now, where the user has set nothing; the library itself is loaded when the first process group is made.
+imported, that is what is registered, and it sets its own defaults; else our own thin binding over the C API of the `oneccl` package. The library's
+settings are then put into the environment now, where the user has set nothing; the library itself is loaded when the first process group is made.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def missing() -> str:
 
 def _register() -> str:
     """Register `ccl` with torch; return whose binding it is: Intel's, or `hcsdl`."""
-    library.set_defaults(settings.DEFAULTS)
     if importlib.util.find_spec(OFFICIAL):
         try:
             importlib.import_module(OFFICIAL)
             return OFFICIAL
         except (ImportError, OSError):  # built for another torch
             pass
+    library.set_defaults(settings.DEFAULTS)
     import torch.distributed as dist
 
     from hcsdl.distributed.oneccl.process_group import ProcessGroupCCL

@@ -48,7 +48,6 @@ class _UniqueId(ctypes.Structure):
 
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 _SIGNATURES = {
-    "onecclGetVersion": [ctypes.POINTER(_INT)],
     "onecclGetUniqueId": [ctypes.POINTER(_UniqueId)],
     "onecclCommInitRank": [ctypes.POINTER(_POINTER), _SIZE, _UniqueId, _INT],
     "onecclCommDestroy": [_POINTER],
@@ -78,13 +77,6 @@ def _check(code: int, communicator: ctypes.c_void_p | None = None) -> None:
     texts = [_c().onecclGetErrorString(code), _c().onecclGetLastError(communicator)]
     said = [" ".join(text.decode(errors="replace").split()) for text in texts if text]
     raise CclError(f"oneCCL says {': '.join(dict.fromkeys(said)) or 'nothing'} (code {code})")
-
-
-def version() -> str:
-    """Return oneCCL's version, e.g. 2022.1; its C API gives year and release as one number."""
-    number = _INT()
-    _check(_c().onecclGetVersion(ctypes.byref(number)))
-    return f"{number.value // 10000}.{number.value // 100 % 100}"
 
 
 def unique_id() -> bytes:

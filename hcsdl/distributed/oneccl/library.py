@@ -17,16 +17,26 @@ from importlib import metadata
 from pathlib import Path
 
 PLUGIN = "libccl_legacy_cpu.so"  # what oneCCL loads for CCL_PLUGIN=ONECCL_LEGACY_CPU; the C API is a front to it
+BESIDE = ("libfabric.so", "libmpi.so")  # both come with impi-rt; the transports ofi and mpi
 MISSING_FILE = re.compile(r"^(\S+): cannot open shared object file")
 
 
 def folder() -> Path | None:
-    """Return the folder with oneCCL's libraries, None where there is none: `$CCL_ROOT/lib`, the `oneccl` package's, this Python's `lib`."""
+    """Return the folder with oneCCL's libraries, None where there is none: `$CCL_ROOT/lib`, the `oneccl` package's, this Python's `lib`.
+
+    The first one that has all it needs; where none has, the first with oneCCL itself.
+    """
     candidates = [Path(os.environ["CCL_ROOT"]) / "lib"] if os.environ.get("CCL_ROOT") else []
     with suppress(metadata.PackageNotFoundError):
         candidates += [Path(str(file.locate())).parent for file in metadata.files("oneccl") or () if file.name == PLUGIN]
     candidates.append(Path(sys.prefix) / "lib")
-    return next((path.resolve() for path in candidates if (path / PLUGIN).exists() and _front(path)), None)
+    found = [path.resolve() for path in candidates if (path / PLUGIN).exists() and _front(path)]
+    return next((path for path in found if not _lacking(path)), found[0] if found else None)
+
+
+def _lacking(path: Path) -> list[str]:
+    """Return which of the libraries are not in a folder that oneCCL needs beside it. oneAPI's modules put them elsewhere, on LD_LIBRARY_PATH."""
+    return [name for name in BESIDE if not any(path.glob(f"{name}*"))]
 
 
 def _front(path: Path) -> Path | None:
@@ -41,9 +51,8 @@ def missing() -> str:
     path = folder()
     if path is None:
         return f"oneCCL's libraries must be installed (pip install 'oneccl>=2021.17'). {PLUGIN} was found neither in $CCL_ROOT/lib nor with a package of {sys.prefix}."
-    if not any(path.glob("libfabric.so*")):
-        return f"oneCCL needs libfabric beside it (pip install impi-rt). There is no libfabric.so in {path}."
-    return ""
+    lacking = _lacking(path)
+    return f"oneCCL needs {' and '.join(lacking)} beside it (pip install impi-rt). Not found in {path}." if lacking else ""
 
 
 def set_defaults(values: Mapping[str, str]) -> None:

@@ -9,6 +9,7 @@ import atexit
 import json
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -18,7 +19,16 @@ from hcsdl.distributed.oneccl.settings import Place
 
 TELL_S = 1.0  # how often a rank tells how far it has come; also what the answer of a store that may be gone is waited for
 STOP_S = 5.0  # the interpreter must not end while the thread is inside the store's code, unless the store hangs; a guess
+STORE_GONE = "the rendezvous store is gone, so the process that holds it, rank 0's as a rule, has ended."
 NAMED = 8  # of many missing ranks so many are named
+
+
+def attempt(store: dist.Store, rank: int) -> dist.Store:
+    """Return the part of `store` that belongs to this group alone: a store may outlive a group, and hold what an earlier one of the same name left."""
+    try:
+        return dist.PrefixStore(f"attempt {store.add(f'attempts/{rank}', 1)}", store)
+    except dist.DistError as error:
+        raise CclError(f"rank {rank}: {STORE_GONE}") from error
 
 
 def meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> list[Place]:
@@ -26,7 +36,7 @@ def meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> list[Plac
     here = Place.here()
     keys = [f"place/{other}" for other in range(size)]
     try:
-        store.set(keys[rank], json.dumps([here.host, here.memory]))
+        store.set(keys[rank], json.dumps(astuple(here)))
         store.wait(keys, timedelta(seconds=timeout_s))
         return [Place(*json.loads(value)) for value in store.multi_get(keys)]
     except dist.DistError as error:
@@ -38,7 +48,7 @@ def _who_is_missing(store: dist.Store, keys: Sequence[str], timeout_s: float) ->
         came = [store.check([key]) for key in keys]
         places = [json.loads(store.get(key)) if there else None for key, there in zip(keys, came, strict=True)]
     except dist.DistError:
-        return "the rendezvous store is gone, so the process that holds it, rank 0's as a rule, has ended."
+        return STORE_GONE
     hosts = sorted({place[0] for place in places if place})
     missing = [f"rank {rank}" for rank, place in enumerate(places) if place is None]
     return (

@@ -65,7 +65,7 @@ class PointToPoint:
         self._gloo = None
 
     def meet(self) -> None:
-        """Return once every rank has called this; who waits sleeps."""
+        """Return once every rank has called this; who waits sleeps. Raises RuntimeError with gloo's text where one cannot be reached any more."""
         self._gloo.barrier().wait()  # type: ignore[union-attr]
 
     def send(self, tensor: torch.Tensor, peer: int, tag: int) -> PairWork:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from hcsdl.distributed import heartbeat
-from hcsdl.distributed.oneccl import meeting, settings
+from hcsdl.distributed.oneccl import meeting, segments, settings
 from hcsdl.distributed.oneccl.api import CclError, Communicator, unique_id
 from hcsdl.distributed.oneccl.collectives import Collectives, Reducing, kind
 from hcsdl.distributed.oneccl.point_to_point import PointToPoint
@@ -25,6 +25,7 @@ from hcsdl.machine.process import held_back_output
 
 # From this size on ranks meet over gloo before an all_reduce, where who waits sleeps: oneCCL's waiting takes a core from the backward pass.
 MEET_BYTES = 2**18  # a step of ResNet-18 took 16 % less processor time so, measured here; the size is a guess
+ALONE = "every other rank has left the process group."
 LEAVE_S = 5.0  # what the others have for leaving, before rank 0 takes the rendezvous store with it; a guess
 
 
@@ -33,14 +34,17 @@ class ProcessGroupCCL(dist.ProcessGroup):
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)
-        self._store, self._timeout_s = store, timeout.total_seconds()
+        self._timeout_s = timeout.total_seconds()
         self._number, self._name, self._description, self._closed = 0, "", "", False
         self._is_default = not dist.is_initialized()
+        self._store = store = meeting.attempt(store, rank)
         places = meeting.meet(store, rank, size, self._timeout_s)
         self._hosts = [place.host for place in places]
         self._prefix = f"rank {rank} of {size} ({self._hosts[rank]}): "
         self._heart = self._watch_others()
-        settings.before_first_communicator(rank, places)
+        settings.before_first_communicator(rank, places, whole=self._is_default or size == dist.get_world_size())
+        if self._hosts.index(self._hosts[rank]) == rank:  # one rank a host
+            segments.remove_stale()
         self._progress = meeting.Progress(store, rank, size, self._timeout_s)
         with held_back_output():  # both libraries greet
             self._issue("start of oneCCL", None, self._connect, []).wait()
@@ -61,6 +65,7 @@ class ProcessGroupCCL(dist.ProcessGroup):
     def _connect(self) -> None:
         shared = meeting.share_id(self._store, self.rank(), unique_id, self._timeout_s)
         self._on = Collectives(Communicator(shared, self.rank(), self.size()), self.rank(), self.size())
+        segments.hold_own()
 
     def _issue(
         self, name: str, like: torch.Tensor | None, run: Callable[[], None], outputs: list, timeout: timedelta | None = None
@@ -81,6 +86,8 @@ class ProcessGroupCCL(dist.ProcessGroup):
     def _overdue(self, work: Work) -> str:
         """Return a sentence on a collective that outlasts its time-out: what, for how long, and who has not reached it."""
         sentence = f"{work.label} took longer than its time-out of {work.timeout_s:g} s. "
+        if self._heart is not None and self._heart.alone():
+            return sentence + f"In fact, {ALONE}"
         number = int(work.label.rpartition("#")[2].split()[0])
         reached = self._progress.others()
         if reached is None:
@@ -92,6 +99,17 @@ class ProcessGroupCCL(dist.ProcessGroup):
         if late:
             return sentence + f"It was not reached by {meeting.listed(late)}."
         return sentence + "Every rank has reached it, so the network between them is down or slow, or their tensors differ in size."
+
+    def _meet(self) -> None:
+        """Return once all ranks have come here. gloo hears of a dead peer before the heartbeat does, but knows no names: those are asked for."""
+        try:
+            self._pairs.meet()
+        except RuntimeError as error:
+            if self._heart is None:  # some of the ranks only: the heartbeat will tell, in its own time
+                raise
+            why = ALONE if self._heart.alone() else self._heart.blame() or f"another rank is lost or stuck. {error}"
+            lane().fail(f"{self._prefix}an all_reduce failed: {why}")  # for good: not even oneCCL's end would go well now
+            raise CclError(why) from error
 
     def _must(self, holds: bool, sentence: str) -> None:
         if not holds:
@@ -127,7 +145,7 @@ class ProcessGroupCCL(dist.ProcessGroup):
 
         def run() -> None:
             if num_bytes >= MEET_BYTES:
-                self._pairs.meet()
+                self._meet()
             for tensor, one in zip(tensors, reducing, strict=True):
                 self._on.all_reduce(tensor, one)
 
@@ -247,12 +265,16 @@ class ProcessGroupCCL(dist.ProcessGroup):
         if self._closed:
             return
         self._closed = True
-        self._progress.stop()
-        self._pairs.close()
         with suppress(CclError):
-            self._issue("end of oneCCL", None, self._on.close, []).wait(timedelta(seconds=LEAVE_S))
+            self._issue("end of oneCCL", None, self._end, []).wait(timedelta(seconds=LEAVE_S))
+        self._progress.stop()
         if self._is_default:
             self._leave_store()
+
+    def _end(self) -> None:
+        """Part with the others, after everything that was issued before."""
+        self._pairs.close()
+        self._on.close()
 
     def _leave_store(self) -> None:
         """Take leave in the store, so that nobody misses this rank; rank 0 waits for the others, because the store goes with it."""
@@ -260,7 +282,7 @@ class ProcessGroupCCL(dist.ProcessGroup):
         keys = [f"left/{rank}" for rank in range(self.size())]
         with suppress(dist.DistError):
             self._store.set(keys[self.rank()], "")
-            if self.rank() == 0:
+            if self.rank() == 0 and lane().broken is None:
                 self._store.wait(keys, timedelta(seconds=LEAVE_S))
 
     def getBackendName(self) -> str:

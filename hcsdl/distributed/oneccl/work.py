@@ -24,6 +24,7 @@ from queue import Empty, SimpleQueue
 import torch
 import torch.distributed as dist
 
+from hcsdl.distributed.oneccl import segments
 from hcsdl.distributed.oneccl.api import CclError
 
 log = logging.getLogger(__name__)
@@ -143,6 +144,7 @@ class Lane:
     def fail(self, sentence: str) -> None:
         """Fail the running, every waiting and every later work with `sentence`. The process can do no more over oneCCL."""
         self.broken = self.broken or CclError(sentence)
+        segments.remove_own()  # before the process ends by whatever way
         running = self._running
         if running is not None:
             running[0].finish(self.broken)
