@@ -166,7 +166,7 @@ FAULTS = [
         "tests/distributed/test_launcher.py::test_a_failing_rank_ends_the_others",
     ),
     Fault(
-        "a resumed run forgets its momentum", "hcsdl/commands/run.py",
+        "a resumed run forgets its momentum", "hcsdl/commands/resume.py",
         "optimizer.load_state_dict(checkpoint.optimizer)", "pass",
         "tests/system/test_resume.py::test_signal_finishes_the_step_saves_and_exits_75[SIGUSR1]",
     ),
