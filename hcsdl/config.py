@@ -84,7 +84,9 @@ class MachineConfig(Checked):
     """What we run on."""
 
     threads_per_rank: Optional[int] = option(None, "compute threads of each rank; null: the usable cores divided by the ranks", low=1)
-    spare_cores: int = option(0, "cores of each NUMA node on which nothing is computed: room for the loader's threads and the one that calls oneCCL", low=0)
+    spare_cores: int = option(
+        0, "cores of each NUMA node on which nothing is computed: room for the loader's threads and the one that calls oneCCL", low=0
+    )
     pin: bool = option(True, "bind each rank to its own cores and the memory next to them")
     allocator: str = option(
         "keep", "keep: glibc holds on to freed memory (about 1.5× faster); system: leave malloc alone", choices=("keep", "system")

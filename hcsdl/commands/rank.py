@@ -16,6 +16,7 @@ from hcsdl.config import TrainCommand
 from hcsdl.distributed.heartbeat import take_leave
 from hcsdl.distributed.identity import Identity, launcher_process, who_am_i
 from hcsdl.distributed.launcher import STOP_SIGNALS
+from hcsdl.distributed.segments import remove_own
 from hcsdl.machine.binding import affinity_kept
 from hcsdl.machine.memory import keep_freed_memory
 from hcsdl.machine.process import die_with_parent, forgive_standard_streams
@@ -80,6 +81,7 @@ def _log_into(path: Path) -> None:
 
 def _leave(code: int) -> None:
     """End without waiting for threads that may be stuck in a collective of a dead peer."""
+    remove_own()  # of shared memory, which outlives us
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -117,10 +117,6 @@ class Heartbeat:
             self._decide(f"{self._named(behind)} did not come as far as {note}.")
         return self.verdict
 
-    def alone(self) -> bool:
-        """Return whether every other rank has left in peace: nobody is lost then, not even the store, and nobody is there for a collective."""
-        return len(self._peers) == self.world_size - 1 and all(peer.state == DONE for peer in self._peers.values())
-
     def stop(self, trouble: str = "") -> None:
         """Take leave of the others and end the threads: in peace, or with what went wrong here, which is the others' reason to end too.
 
@@ -200,8 +196,6 @@ class Heartbeat:
         """Add the time that passed to everybody's silence; return a sentence on who is lost, "" where nobody is."""
         limit_s = min(self.silence_s, EVIDENCE_S) if self._suspicious else self.silence_s
         with self._lock:
-            if self.alone():
-                return ""
             if self._closed:
                 self._closed_s += passed_s
             else:

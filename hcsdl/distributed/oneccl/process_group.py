@@ -15,8 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from hcsdl.distributed import heartbeat
-from hcsdl.distributed.oneccl import meeting, segments, settings
+from hcsdl.distributed import heartbeat, segments
+from hcsdl.distributed.oneccl import meeting, settings
 from hcsdl.distributed.oneccl.api import CclError, Communicator, unique_id
 from hcsdl.distributed.oneccl.collectives import Collectives, Reducing, kind
 from hcsdl.distributed.oneccl.point_to_point import PointToPoint
@@ -25,7 +25,6 @@ from hcsdl.machine.process import held_back_output
 
 # From this size on ranks meet over gloo before an all_reduce, where who waits sleeps: oneCCL's waiting takes a core from the backward pass.
 MEET_BYTES = 2**18  # a step of ResNet-18 took 16 % less processor time so, measured here; the size is a guess
-ALONE = "every other rank has left the process group."
 LEAVE_S = 5.0  # what the others have for leaving, before rank 0 takes the rendezvous store with it; a guess
 
 
@@ -86,8 +85,6 @@ class ProcessGroupCCL(dist.ProcessGroup):
     def _overdue(self, work: Work) -> str:
         """Return a sentence on a collective that outlasts its time-out: what, for how long, and who has not reached it."""
         sentence = f"{work.label} took longer than its time-out of {work.timeout_s:g} s. "
-        if self._heart is not None and self._heart.alone():
-            return sentence + f"In fact, {ALONE}"
         number = int(work.label.rpartition("#")[2].split()[0])
         reached = self._progress.others()
         if reached is None:
@@ -107,7 +104,7 @@ class ProcessGroupCCL(dist.ProcessGroup):
         except RuntimeError as error:
             if self._heart is None:  # some of the ranks only: the heartbeat will tell, in its own time
                 raise
-            why = ALONE if self._heart.alone() else self._heart.blame() or f"another rank is lost or stuck. {error}"
+            why = self._heart.blame() or f"another rank is lost or stuck. {error}"
             lane().fail(f"{self._prefix}an all_reduce failed: {why}")  # for good: not even oneCCL's end would go well now
             raise CclError(why) from error
 

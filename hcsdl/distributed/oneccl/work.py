@@ -24,7 +24,7 @@ from queue import Empty, SimpleQueue
 import torch
 import torch.distributed as dist
 
-from hcsdl.distributed.oneccl import segments
+from hcsdl.distributed import segments
 from hcsdl.distributed.oneccl.api import CclError
 
 log = logging.getLogger(__name__)
