@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from hcsdl.distributed.rendezvous import free_port
 from hcsdl.machine.process import die_with_parent
 
@@ -75,6 +77,9 @@ def _be(be: Callable[[], None], output: Path) -> None:
     os.setsid()
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.dup2(2, 1)
+    torch.set_num_threads(
+        1
+    )  # OMP_NUM_THREADS comes too late for a process that has torch already: two threads on a rank's one core wait for each other
     be()
 
 
