@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, List, Optional
 
 SPLITS = ("random_field", "random_well", "plate", "batch", "compound_folds")
@@ -19,16 +20,28 @@ NORMALISATIONS = (
 MODELS = ("resnet18", "resnet34", "resnet50", "mcnn")
 
 
+class ExitCode(IntEnum):
+    """How a command ends, whatever the number of ranks; 130 besides, as shells have it, where Ctrl-C came before anything had begun."""
+
+    DONE = 0
+    FAILED = 1  # anything else
+    BAD_CONFIG = 2
+    BAD_DATA = 3
+    NON_FINITE_LOSS = 4
+    LOST_RANK = 5
+    STOPPED = 75  # by a signal, and resumable
+
+
 class ConfigError(ValueError):
     """A setting that cannot be: its text names the key, what must hold, what was found."""
 
-    exit_code = 2
+    exit_code = ExitCode.BAD_CONFIG
 
 
 class DataError(RuntimeError):
     """Plates, images or a checkpoint that cannot be used: its text says what, where and what to do."""
 
-    exit_code = 3
+    exit_code = ExitCode.BAD_DATA
 
 
 def option(
@@ -188,7 +201,11 @@ class DistributedConfig(Checked):
         "collective communication library; auto: the faster of ccl (oneCCL) and gloo, timed at start; nccl: GPUs",
         choices=("auto", "ccl", "gloo", "nccl"),
     )
-    ranks: Optional[int] = option(None, "ranks on this machine; null: one a NUMA node, two where there is one node of several cores", low=1)
+    ranks: Optional[int] = option(
+        None,
+        "ranks on this machine; null: one a NUMA node, two where there is one node of several cores, one in a single task of srun",
+        low=1,
+    )
     interface: Optional[str] = option(
         None, "network interface the ranks talk over, e.g. ib0; null: the one the first rank's host is reached by"
     )
@@ -264,8 +281,17 @@ class SimulateConfig(Checked):
     workers: Optional[int] = option(None, "processes; null: the usable cores", low=1)
 
 
+class BenchConfig(Checked):
+    """Base of the benchmarks' groups, each of which is its command's `bench`."""
+
+    @classmethod
+    def prefix(cls) -> str:
+        """Return what stands before a field's name in its key."""
+        return "bench."
+
+
 @dataclass
-class BenchCommConfig(Checked):
+class BenchCommConfig(BenchConfig):
     """What `hcsdl bench comm` measures."""
 
     output: Optional[str] = option(None, "folder for the results; null: a new one, bench/<date>_<time>_comm")
@@ -277,11 +303,6 @@ class BenchCommConfig(Checked):
     sizes_kib: List[int] = option([1, 8, 64, 1024, 8192, 25600, 102400, 262144], "sizes of the whole buffer", unit="KiB", low=1, high=2**24)
     rounds: int = option(10, "rounds; in each every size is timed 20 times (to 64 KiB), 5 times (to 4 MiB) or once", low=1)
 
-    @classmethod
-    def prefix(cls) -> str:
-        """Return what stands before a field's name in its key."""
-        return "bench."
-
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("backends", "operations", "dtypes", "sizes_kib"):
@@ -290,7 +311,7 @@ class BenchCommConfig(Checked):
 
 
 @dataclass
-class BenchScaleConfig(Checked):
+class BenchScaleConfig(BenchConfig):
     """What `hcsdl bench scale` measures here, and the cluster it predicts."""
 
     output: Optional[str] = option(None, "folder for the results; null: a new one, bench/<date>_<time>_scale")
@@ -314,11 +335,6 @@ class BenchScaleConfig(Checked):
     )
     images: int = option(10104, "fields of the training set whose time is predicted", unit="fields", low=1)
     epochs: float = option(22.0, "passes over them", unit="epochs", above=0)
-
-    @classmethod
-    def prefix(cls) -> str:
-        """Return what stands before a field's name in its key."""
-        return "bench."
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -408,30 +424,32 @@ class SimulateCommand(Command):
 
 
 @dataclass
-class CheckMachineCommand(Command):
-    """Look at this machine before training: cores, bf16, libraries, network, limits, and the ranks that would be started."""
+class RanksCommand(Command):
+    """Settings of the commands that are about ranks, not plates."""
 
     machine: MachineConfig = field(default_factory=MachineConfig)
-    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 @dataclass
-class BenchCommCommand(Command):
+class CheckMachineCommand(RanksCommand):
+    """Look at this machine before training: cores, bf16, libraries, network, limits, and the ranks that would be started."""
+
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+
+
+@dataclass
+class BenchCommCommand(RanksCommand):
     """Measure latency and bandwidth of the collectives between the ranks, through each backend."""
 
-    machine: MachineConfig = field(default_factory=MachineConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     bench: BenchCommConfig = field(default_factory=BenchCommConfig)
 
 
 @dataclass
-class BenchScaleCommand(Command):
+class BenchScaleCommand(RanksCommand):
     """Predict images/s, efficiency and time to train on a cluster, from measurements made here."""
 
-    machine: MachineConfig = field(default_factory=MachineConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     bench: BenchScaleConfig = field(default_factory=BenchScaleConfig)
 
 

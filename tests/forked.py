@@ -6,6 +6,7 @@ each time. What goes before a rank's `main` (entering another host, provoking a 
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -18,12 +19,16 @@ import torch
 
 from hcsdl.distributed.rendezvous import free_port
 from hcsdl.machine.process import die_with_parent
+from tests import runs
 
+# A process has but one of these servers: whoever forks in tests takes it from here, and nobody else says what it is to import.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["hcsdl.commands.run", "hcsdl.commands.train", "hcsdl.commands.rank", "torchmetrics", "tests.forked"])
-
+processes.set_forkserver_preload(
+    ["hcsdl.commands.run", "hcsdl.commands.train", "hcsdl.commands.rank", "torchmetrics", "torch.distributed.nn", "pytest", "tests.forked"]
+)
 
 _started: list[Forked] = []
+_numbers = itertools.count()
 
 
 def kill_what_is_left() -> None:
@@ -79,7 +84,7 @@ def _be(be: Callable[[], None], output: Path) -> None:
     os.dup2(2, 1)
     torch.set_num_threads(
         1
-    )  # OMP_NUM_THREADS comes too late for a process that has torch already: two threads on a rank's one core wait for each other
+    )  # OMP_NUM_THREADS comes too late where torch is there already: two threads on a rank's one core wait for each other
     be()
 
 
@@ -114,10 +119,26 @@ def start_ranks(words: Sequence[str], world_size: int, folder: Path, first: Mapp
     """Start `hcsdl words…` as `world_size` ranks of one host; `folder` takes their output, `first` says what goes before `main` in which rank."""
     port, first = free_port(), first or {}
     folder.mkdir(exist_ok=True)
-    return [
-        _start(words, identity(rank, world_size, rank, world_size, "127.0.0.1", port), folder, first.get(rank, nothing))
-        for rank in range(world_size)
-    ]
+    return [start_rank(words, rank, world_size, port, folder, first.get(rank, nothing)) for rank in range(world_size)]
+
+
+def start_rank(words: Sequence[str], rank: int, world_size: int, port: int, folder: Path, first: Callable[[], None] = nothing) -> Forked:
+    """Start one rank of one host; all of them meet at `port`."""
+    return _start(words, identity(rank, world_size, rank, world_size, "127.0.0.1", port), folder, first)
+
+
+def train_on(number: int, plates: Path, folder: Path, *words: str) -> str:
+    """Run the tiny training as `number` ranks to its good end, as `runs.train` does with our own launcher; return what they said."""
+    settings = [*runs.TINY, f"plates.root={plates}", f"run_dir={folder}", *words]
+    ranks = start_ranks(["train", *settings], number, folder.parent / f"{folder.name}-said-{next(_numbers)}")
+    try:
+        codes = [rank.wait(200) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    said = "".join(rank.said() for rank in ranks)
+    assert codes == [0] * number, said
+    return said
 
 
 def start_ranks_on(

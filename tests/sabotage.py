@@ -192,7 +192,7 @@ FAULTS = [
     ),
     Fault(
         "a stopped job does not go back into the queue", "hcsdl/commands/slurm.py",
-        "return code in (STOPPED, *RESTARTED) and", "return code in RESTARTED and",
+        "return code in (ExitCode.STOPPED, *RESTARTED) and", "return code in RESTARTED and",
         "tests/commands/test_sweep.py::test_a_job_goes_back_into_the_queue_only_where_that_can_help",
     ),
     Fault(

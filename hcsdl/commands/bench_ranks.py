@@ -15,10 +15,9 @@ import signal
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
 
 from hcsdl.commands.compose import config_hash, from_yaml, to_yaml, values
-from hcsdl.config import ConfigError, DistributedConfig, MachineConfig, file_name
+from hcsdl.config import ConfigError, ExitCode, RanksCommand, file_name
 from hcsdl.distributed.heartbeat import take_leave
 from hcsdl.distributed.identity import Identity, export_identity, launcher_process, who_am_i
 from hcsdl.distributed.launcher import STOP_SIGNALS, Forwarder, Stop, start_ranks, watch_ranks
@@ -37,14 +36,7 @@ SCHEMA_VERSION = 1
 RESULT = "result.json"
 
 
-class RankedConfig(Protocol):
-    """The settings a benchmark over ranks needs besides its own."""
-
-    machine: MachineConfig
-    distributed: DistributedConfig
-
-
-def run_on_ranks(command: str, config: RankedConfig, output: str | None, least_ranks: int) -> int:
+def run_on_ranks(command: str, config: RanksCommand, output: str | None, least_ranks: int) -> int:
     """Run `measure(config, identity, folder)` of the command's module on every rank, with a folder on rank 0 alone; return the exit code.
 
     Parameters
@@ -73,7 +65,7 @@ def run_on_ranks(command: str, config: RankedConfig, output: str | None, least_r
     return code
 
 
-def _agreed_folder(command: str, config: RankedConfig, output: str | None, identity: Identity) -> Path:
+def _agreed_folder(command: str, config: RanksCommand, output: str | None, identity: Identity) -> Path:
     """Return the folder that rank 0 opens once all ranks were asked for the same; its ConfigError ends them all."""
     if config.machine.allocator == "keep":
         keep_freed_memory()
@@ -114,13 +106,13 @@ def main() -> int:
     return _be_rank(command, config, identity, folder if identity.rank == 0 else None)  # type: ignore[arg-type]
 
 
-def _be_rank(command: str, config: RankedConfig, identity: Identity, folder: Path | None) -> int:
+def _be_rank(command: str, config: RanksCommand, identity: Identity, folder: Path | None) -> int:
     """Measure and end this process with the exit code: a thread may be stuck in a collective of a dead peer."""
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    code = 0
+    code = ExitCode.DONE
     try:
         if config.machine.allocator == "keep":
             keep_freed_memory()
@@ -128,12 +120,12 @@ def _be_rank(command: str, config: RankedConfig, identity: Identity, folder: Pat
             importlib.import_module("torch")  # after the allocator and the threads are set
         importlib.import_module(f"hcsdl.commands.{file_name(command)}").measure(config, identity, folder)
     except Exception as error:
-        code = getattr(error, "exit_code", 1)
-        if code == 1 and not isinstance(error, OSError):
+        code = getattr(error, "exit_code", ExitCode.FAILED)
+        if code == ExitCode.FAILED and not isinstance(error, OSError):
             log.exception("%s failed", identity)
-        elif identity.rank == 0 or code not in (2, 75):  # what every rank would say alike, rank 0 says
+        elif identity.rank == 0 or code not in (ExitCode.BAD_CONFIG, ExitCode.STOPPED):  # what every rank would say alike, rank 0 says
             log.error("hcsdl: %s", error)
-        take_leave("" if code == 75 else f"{error}" or type(error).__name__)
+        take_leave("" if code == ExitCode.STOPPED else f"{error}" or type(error).__name__)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -88,7 +88,7 @@ def measure(config: BenchScaleCommand, identity: Identity, folder: Path | None) 
 
     group = Group(identity, config.distributed)
     hosts = len(set(group.all_gather_object(identity.host)))
-    check_link(config.bench, hosts)
+    check_link(config.bench, group.world_size, hosts)
     rounds, taken = measure_rounds(config, group, hosts)
     if folder is not None:
         bench, here = config.bench, typical(rounds)
@@ -103,8 +103,8 @@ def measure(config: BenchScaleCommand, identity: Identity, folder: Path | None) 
     group.close()
 
 
-def check_link(bench: BenchScaleConfig, hosts: int) -> None:
-    """Raise ConfigError where the link between nodes is neither given nor measured, or both."""
+def check_link(bench: BenchScaleConfig, ranks: int, hosts: int) -> None:
+    """Raise ConfigError where the link between nodes is neither given nor measured, or both; or nothing can be predicted from what is."""
     if hosts > 1 and bench.bandwidth_gbit_s is not None:
         raise ConfigError(
             f"over several hosts the link between them is measured. These ranks are on {hosts} and bench.bandwidth_gbit_s={bench.bandwidth_gbit_s:g}: "
@@ -114,6 +114,17 @@ def check_link(bench: BenchScaleConfig, hosts: int) -> None:
         raise ConfigError(
             "bench.bandwidth_gbit_s and bench.latency_us must be given where all ranks are on one host, or bench.nodes be [1]. Got null."
         )
+    if not predictable_nodes(bench, ranks, hosts):
+        raise ConfigError(
+            f"bench.nodes must have more than one node where {ranks} ranks measure on {hosts} hosts: a node's ranks talk through its memory. "
+            "Got [1]; for that, start all ranks on one host."
+        )
+
+
+def predictable_nodes(bench: BenchScaleConfig, ranks: int, hosts: int) -> list[int]:
+    """Return the `bench.nodes` of which what these ranks measure tells: on several hosts that is the link, not what the ranks of one node share."""
+    alone = hosts == 1 or (bench.ranks_per_node or ranks // hosts) == 1
+    return [nodes for nodes in bench.nodes if nodes > 1 or alone]
 
 
 def measure_rounds(config: BenchScaleCommand, group: Group, hosts: int) -> tuple[list[Here], dict[str, Taken]]:
@@ -126,7 +137,6 @@ def measure_rounds(config: BenchScaleCommand, group: Group, hosts: int) -> tuple
     bench, kernels = config.bench, choose_kernels(config.kernels.name)
     group.check_equal("kernels", kernels)
     choose_backend(config, group)
-    process_group = group.wrap(torch.nn.Linear(1, 1)).process_group  # the one that gradients go through
     silent = {name: Workload(name, config, group, kernels, silent=True) for name in bench.models}
     real = {name: Workload(name, config, group, kernels, silent=False) for name in bench.models if bench.verify}
     say = log.info if group.rank == 0 else log.debug
@@ -139,7 +149,7 @@ def measure_rounds(config: BenchScaleCommand, group: Group, hosts: int) -> tuple
     rounds, taken = [], {name: Taken() for name in real}
     for number in range(bench.rounds):
         say("round %d of %d", number + 1, bench.rounds)
-        all_reduces = time_all_reduces(sizes, next(iter(silent.values())).dtype, group, process_group)
+        all_reduces = time_all_reduces(sizes, next(iter(silent.values())).dtype, group)
         timelines, overlaps = {}, {}
         for name, workload in silent.items():
             steps: dict[int, list[scaling.Timeline]] = {fields: [] for fields in bench.mini_batches}
@@ -150,7 +160,7 @@ def measure_rounds(config: BenchScaleCommand, group: Group, hosts: int) -> tuple
                 if name in real:
                     real_s.append(slowest(real[name].step(largest), group).step_s)
             timelines[name] = {fields: scaling.median_timeline(many) for fields, many in steps.items()}
-            overlaps[name] = measure_overlap(workload, largest, timelines[name][largest].backward_s, all_reduces, process_group)
+            overlaps[name] = measure_overlap(workload, largest, timelines[name][largest].backward_s, all_reduces)
             if name in real:
                 taken[name].real_s.append(statistics.fmean(real_s))
                 taken[name].alone_s.append(group.largest(workload.step(largest, together=False).step_s if group.rank == 0 else 0.0))
@@ -179,7 +189,7 @@ def predictions(name: str, here: Here, bench: BenchScaleConfig) -> list[dict]:
     ranks_per_node, cores = bench.ranks_per_node or here.ranks // here.hosts, bench.cores_per_rank or here.threads
     mini_batch = bench.mini_batch or max(bench.mini_batches)
     rows = []
-    for nodes in bench.nodes:
+    for nodes in predictable_nodes(bench, here.ranks, here.hosts):
         for assumption, speed, efficiency in zip(("low", "high"), bench.core_speed, bench.network_efficiency, strict=False):
             timeline = scaling.at_mini_batch(here.timelines[name], mini_batch).times(here.threads / (cores * speed))
             overlap = here.overlaps[name].with_cores(here.threads, cores)
@@ -251,10 +261,15 @@ def save(
 def format_predictions(rows: list[dict], bench: BenchScaleConfig, here: Here, published: dict | None) -> str:
     """Return the table of predictions: a line per network, number of nodes and assumption."""
     ranks, cores = bench.ranks_per_node or here.ranks // here.hosts, bench.cores_per_rank or here.threads
+    left_out = (
+        "; not of 1 node, whose ranks talk through its memory"
+        if len(predictable_nodes(bench, here.ranks, here.hosts)) < len(bench.nodes)
+        else ""
+    )
     link = "link as measured" if bench.bandwidth_gbit_s is None else f"{bench.bandwidth_gbit_s:g} Gbit/s, {bench.latency_us:g} µs"
     lines = [
         f"PREDICTED, not measured: {ranks} ranks a node × {cores} cores, {link}, {bench.mini_batch or max(bench.mini_batches)} fields a rank and step; "
-        f"time for {bench.images} fields × {bench.epochs:g} epochs, without evaluations",
+        f"time for {bench.images} fields × {bench.epochs:g} epochs, without evaluations{left_out}",
         f"{'model':<10s}{'nodes':>6s}{'ranks':>6s}  {'assumed':<8s}{'step, s':>9s}{'exposed, s':>11s}{'images/s':>10s}{'efficiency':>11s}{'train, min':>11s}",
     ]
     for row in rows:

@@ -101,7 +101,7 @@ class Workload:
         step_s = time.perf_counter() - begun
         return Timeline(step_s, backward_s, tuple(at - begun for at, _ in self._ready), tuple(size for _, size in self._ready))
 
-    def loaded_pass(self, fields: int, chunk: torch.Tensor, process_group: dist.ProcessGroup) -> tuple[float, float]:
+    def loaded_pass(self, fields: int, chunk: torch.Tensor) -> tuple[float, float]:
         """Run both passes of a silent workload while a thread all_reduces `chunk`, zeros, again and again.
 
         Return the passes' seconds, and how many all_reduces were done in them, parts counted. The chunk's first element tells all ranks at once
@@ -114,7 +114,7 @@ class Workload:
             while chunk[0] == 0:
                 chunk[0] = float(finished.is_set())
                 begun = time.perf_counter()
-                dist.all_reduce(chunk, group=process_group)
+                dist.all_reduce(chunk, group=self.group.gradient_group)
                 sent.append((begun, time.perf_counter()))
 
         self.group.all_reduce(torch.zeros(1))
@@ -145,7 +145,7 @@ def slowest(timeline: Timeline, group: Group) -> Timeline:
     return Timeline(step_s, backward_s, tuple(ready), timeline.num_bytes)
 
 
-def time_all_reduces(sizes: Iterable[int], dtype: torch.dtype, group: Group, process_group: dist.ProcessGroup) -> dict[int, float]:
+def time_all_reduces(sizes: Iterable[int], dtype: torch.dtype, group: Group) -> dict[int, float]:
     """Return the median seconds of an all_reduce of each size (bytes) up to the first that would take longer than `LONGEST_CALL_S`."""
     found: dict[int, float] = {}
     for size in sorted(set(sizes)):
@@ -156,22 +156,20 @@ def time_all_reduces(sizes: Iterable[int], dtype: torch.dtype, group: Group, pro
         group.all_reduce(torch.zeros(1))
         while not times or (len(times) < 20 and sum(times) < SIZE_SPAN_S):
             begun = time.perf_counter()
-            group.guard("all_reduce", lambda buffer=buffer: dist.all_reduce(buffer, group=process_group))
+            group.guard("all_reduce", lambda buffer=buffer: dist.all_reduce(buffer, group=group.gradient_group))
             times.append(group.largest(time.perf_counter() - begun))
         found[size] = statistics.median(times)
     return found
 
 
-def measure_overlap(
-    workload: Workload, fields: int, undisturbed_s: float, all_reduces: Mapping[int, float], process_group: dist.ProcessGroup
-) -> Overlap:
+def measure_overlap(workload: Workload, fields: int, undisturbed_s: float, all_reduces: Mapping[int, float]) -> Overlap:
     """Return the rates of computing and communicating while both go on, against each alone.
 
     `undisturbed_s` is what both passes take alone, `all_reduces` seconds by size. The chunk sent is the largest of `SIZES` of which a pass holds
     eight, or else the smallest.
     """
     size = max((s for s in SIZES if all_reduces.get(s, undisturbed_s) < undisturbed_s / 8), default=min(SIZES))
-    seconds, chunks = workload.loaded_pass(fields, torch.zeros(size // workload.dtype.itemsize, dtype=workload.dtype), process_group)
+    seconds, chunks = workload.loaded_pass(fields, torch.zeros(size // workload.dtype.itemsize, dtype=workload.dtype))
     group = workload.group
     seconds, chunks = group.largest(seconds), group.largest(chunks)
     compute, communication = undisturbed_s / seconds, chunks * all_reduces[size] / seconds

@@ -10,6 +10,7 @@ import importlib.metadata
 import socket
 
 from hcsdl.config import CheckMachineCommand
+from hcsdl.distributed import oneccl_library as library
 from hcsdl.distributed.fabric import providers
 from hcsdl.distributed.identity import Identity, who_am_i
 from hcsdl.distributed.interfaces import interface_addresses
@@ -86,10 +87,6 @@ def _network(config: CheckMachineCommand, num_nodes: int) -> list[Verdict]:
 
 
 def _oneccl(backend: str) -> list[Verdict]:
-    try:
-        from hcsdl.distributed.oneccl import library  # imports torch
-    except (ImportError, OSError) as error:
-        return [Verdict("PROBLEM", "torch", f"does not import: {error}. Install it anew.")]
     missing, folder = library.missing(), library.folder()
     if missing or folder is None:
         return [verdicts.oneccl(missing, backend)]

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 from hcsdl.commands.compose import compose_command, to_yaml
 from hcsdl.commands.help import command_help, overview
-from hcsdl.config import COMMANDS, ConfigError, file_name
+from hcsdl.config import COMMANDS, ConfigError, ExitCode, file_name
 from hcsdl.machine.process import forgive_standard_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; return its exit code (0, or one of: 1 other failure, 2 config, 3 data, 4 loss, 5 lost rank, 75 stopped)."""
+    """Run one command line; return its exit code, an `ExitCode`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     forgive_standard_streams()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code is None:
             if not isinstance(error, OSError | MemoryError):
                 raise
-            code = 1
+            code = ExitCode.FAILED
         print(f"hcsdl: {error}", file=sys.stderr)
         return code
 
@@ -45,7 +45,7 @@ def _run(words: list[str]) -> int:
         if rest and rest not in (["--help"], ["-h"]):
             raise ConfigError(f"a command must come first, one of {', '.join(COMMANDS)}. Got {rest[0]!r} instead.")
         print(overview())
-        return 0
+        return ExitCode.DONE
     if rest and f"{command} {rest[0]}" in COMMANDS:
         command, rest = f"{command} {rest[0]}", rest[1:]
     if command not in COMMANDS:
@@ -53,7 +53,7 @@ def _run(words: list[str]) -> int:
     flags, overrides = _split(rest)
     if "help" in flags:
         print(command_help(command))
-        return 0
+        return ExitCode.DONE
     if {"multirun", "cfg"} <= flags:
         raise ConfigError("--cfg job prints one configuration. Remove -m, or --cfg job.")
     if "multirun" in flags:
@@ -63,7 +63,7 @@ def _run(words: list[str]) -> int:
     config = compose_command(command, overrides)
     if "cfg" in flags:
         print(to_yaml(config), end="")
-        return 0
+        return ExitCode.DONE
     return importlib.import_module(f"hcsdl.commands.{file_name(command)}").run(config)
 
 

@@ -21,6 +21,7 @@ from hcsdl.data.measure import breaks_training, measure_index
 from hcsdl.data.preprocessing import fit_preprocessing
 from hcsdl.data.reading import read_header
 from hcsdl.data.sampling import Sampler
+from hcsdl.distributed.identity import alone_in_step
 from hcsdl.machine.cores import usable_cores
 from hcsdl.machine.placement import Place, default_ranks, plan_places
 from hcsdl.machine.topology import read_machine
@@ -65,10 +66,14 @@ def load_plan(path: Path) -> Plan:
 def plan_ranks(config: TrainCommand) -> tuple[Place, ...]:
     """Return the place of each rank to start here. Raises ConfigError where the global batch cannot be shared evenly.
 
-    Unless asked for, ranks are one a NUMA node (two where there is one node of several cores), fewer where the batch needs it.
+    Unless asked for, ranks are one a NUMA node (two where there is one node of several cores), fewer where the batch needs it, and one where this is
+    the only task of an srun step: a task is a rank, however many there are.
     """
     machine, batch = read_machine(), config.training.global_batch_size
     ranks = config.distributed.ranks
+    if ranks is None and alone_in_step():
+        log.info("one task of srun is one rank; distributed.ranks=… starts more in it.")
+        ranks = 1
     if ranks is None:
         mini = config.training.mini_batch_size
         ranks = next(

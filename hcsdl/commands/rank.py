@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from hcsdl.config import TrainCommand
+from hcsdl.config import ExitCode, TrainCommand
 from hcsdl.distributed.heartbeat import take_leave
 from hcsdl.distributed.identity import Identity, launcher_process, who_am_i
 from hcsdl.distributed.launcher import STOP_SIGNALS
@@ -23,6 +23,7 @@ from hcsdl.machine.process import die_with_parent, forgive_standard_streams
 from hcsdl.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
+TOGETHER = (ExitCode.NON_FINITE_LOSS, ExitCode.STOPPED)  # with these all ranks end alike
 
 
 def main() -> int:
@@ -43,17 +44,18 @@ def run_rank(path: Path, identity: Identity) -> int:
     try:
         _train(identity, folder, stop)
     except Exception as error:
-        code = getattr(error, "exit_code", 1)
-        if code == 1 and not isinstance(error, OSError):
+        code = getattr(error, "exit_code", ExitCode.FAILED)
+        if code == ExitCode.FAILED and not isinstance(error, OSError):
             log.exception("rank %d of %d failed", identity.rank, identity.world_size)
-        elif identity.rank == 0 or code not in (2, 4, 75):  # what every rank would say alike, rank 0 says
+        elif identity.rank == 0 or code not in (ExitCode.BAD_CONFIG, *TOGETHER):  # what every rank would say alike, rank 0 says
             log.error("hcsdl: %s", error)
-        if identity.rank == 0 and identity.launcher != "own" and code in (2, 3, 5) and not any(folder.checkpoints.iterdir()):
+        in_vain = code in (ExitCode.BAD_CONFIG, ExitCode.BAD_DATA, ExitCode.LOST_RANK) and not any(folder.checkpoints.iterdir())
+        if in_vain and identity.rank == 0 and identity.launcher != "own":
             folder.config.unlink(missing_ok=True)  # nothing was trained: the corrected command may use the folder
-        take_leave("" if code in (4, 75) else f"{error}" or type(error).__name__)  # 4 and 75 end all ranks alike
+        take_leave("" if code in TOGETHER else f"{error}" or type(error).__name__)
         _leave(code)
-    _leave(0)
-    return 0
+    _leave(ExitCode.DONE)
+    return ExitCode.DONE
 
 
 class StopFlag:

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hcsdl.commands.compose import compose_command
-from hcsdl.config import ConfigError
-from hcsdl.distributed.launcher import FRUITLESS, RESTARTED, STOPPED
+from hcsdl.config import ConfigError, ExitCode
+from hcsdl.distributed.launcher import FRUITLESS, RESTARTED
 from hcsdl.distributed.slurm import Job, batch_job, requeue, run_tasks
 from hcsdl.machine.process import forgive_standard_streams
 from hcsdl.training.run_folder import RunFolder, write_json
@@ -64,7 +64,7 @@ def fruitless_starts(job: Job, last_start: Path) -> int:
 
 def goes_on(code: int, fruitless: int) -> bool:
     """Return whether a job that ended with `code` should start again: stopped, or short of a rank, and not for ever without saving anything new."""
-    return code in (STOPPED, *RESTARTED) and fruitless < FRUITLESS
+    return code in (ExitCode.STOPPED, *RESTARTED) and fruitless < FRUITLESS
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hcsdl.commands.compose import compose_command, one_line, resolve
 from hcsdl.commands.sweep_table import JOB, print_table, write_sweep
-from hcsdl.config import ConfigError, SweepCommand, register
+from hcsdl.config import ConfigError, ExitCode, SweepCommand, register
 from hcsdl.distributed.slurm import batch_job, states, still_going
 from hcsdl.training.run_folder import RunFolder, write_json
 
@@ -84,17 +84,17 @@ def named_folder(overrides: list[str]) -> Path | None:
 
 
 def run_job(composed: DictConfig) -> None:
-    """Run one combination in its own folder and write its exit code there. SystemExit(75) where a signal ended it, and so the sweep."""
+    """Run one combination in its own folder and write its exit code there. SystemExit(ExitCode.STOPPED) where a signal ended it, and so the sweep."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     composed.run_dir = str(folder / "run")
     log.info("job %s: %s", HydraConfig.get().job.num, " ".join(HydraConfig.get().overrides.task))
     try:
         code = importlib.import_module("hcsdl.commands.train").run(resolve(composed, "train"))
     except Exception as error:
-        code = getattr(error, "exit_code", 1)
-        log.error("hcsdl: %s", error, exc_info=code == 1)
+        code = getattr(error, "exit_code", ExitCode.FAILED)
+        log.error("hcsdl: %s", error, exc_info=code == ExitCode.FAILED)
     write_json(folder / JOB, {"exit_code": code})
-    if code == 75:
+    if code == ExitCode.STOPPED:
         raise SystemExit(code)
 
 

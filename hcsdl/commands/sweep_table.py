@@ -11,12 +11,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from hcsdl.config import ConfigError
+from hcsdl.config import ConfigError, ExitCode
 from hcsdl.distributed.slurm import ALIVE, states
 from hcsdl.training.run_folder import SCHEMA_VERSION, write_json
 
 SWEEP, JOB = "sweep.json", "job.json"
-UNFINISHED = 75
 
 
 def write_sweep(folder: Path, jobs: list[list[str]], slurm_job: str = "") -> None:
@@ -65,11 +64,11 @@ def read_rows(folder: Path) -> tuple[str, list[Row]]:
         elif code:
             rows.append(Row(job, None, f"exit code {code}", code, overrides))
         elif job in known and known[job].split()[0] in ALIVE:
-            rows.append(Row(job, None, known[job].lower(), UNFINISHED, overrides))
+            rows.append(Row(job, None, known[job].lower(), ExitCode.STOPPED, overrides))
         else:
             ended = f" ({known[job].lower()})" if job in known else ""
             begun = (folder / str(job) / "run" / "lock").exists()
-            rows.append(Row(job, None, ("did not finish" if begun else "did not run") + ended, UNFINISHED, overrides))
+            rows.append(Row(job, None, ("did not finish" if begun else "did not run") + ended, ExitCode.STOPPED, overrides))
     return metric, rows
 
 
@@ -83,7 +82,7 @@ def print_table(folder: Path) -> int:
     for row in rows:
         print(f"{row.job:>4d}  {row.said:{wide}s}  {' '.join(word for word in row.overrides if word not in common)}")
     sys.stdout.flush()
-    bad = sorted((row.code == UNFINISHED, row.job, row.code) for row in rows if row.code)
+    bad = sorted((row.code == ExitCode.STOPPED, row.job, row.code) for row in rows if row.code)
     return bad[0][2] if bad else 0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hcsdl.commands.compose import from_yaml, to_yaml, value_of, values
 from hcsdl.commands.prepare import check_batch, plan_ranks, prepare
-from hcsdl.config import ConfigError, TrainCommand
+from hcsdl.config import ConfigError, ExitCode, TrainCommand
 from hcsdl.distributed.identity import Identity, export_identity, unused_nodes, who_am_i
 from hcsdl.distributed.launcher import Forwarder, Stop, start_ranks, supervise
 from hcsdl.distributed.slurm import this_job
@@ -50,7 +50,7 @@ def run(config: TrainCommand) -> int:
         folder = open_run_folder(config)
         try:
             if finished(folder, config):
-                return 0
+                return ExitCode.DONE
             prepare_run(config, folder)
             ranks, threads = len(places), places[0].threads
             log.info("run folder %s: %d rank%s × %d thread%s", folder.path, ranks, "s" * (ranks > 1), threads, "s" * (threads > 1))
@@ -62,7 +62,7 @@ def run(config: TrainCommand) -> int:
                 saved=folder.last_saved,
                 renew=folder.renew,
             )
-            if code in (2, 3) and not any(folder.checkpoints.iterdir()):
+            if code in (ExitCode.BAD_CONFIG, ExitCode.BAD_DATA) and not any(folder.checkpoints.iterdir()):
                 folder.config.unlink()  # nothing was trained: the corrected command may use the folder
         except Stop as signal:
             raise Stop(f"stopped by {signal} before the first step: start the same command again.") from signal
@@ -98,7 +98,7 @@ def _run_as_rank(config: TrainCommand, identity: Identity) -> int:
             told = json.loads(hand_out(identity, asked, compose_once, config.distributed.timeout_s, config.distributed.silence_s))
     except Stop as signal:
         raise Stop(f"stopped by {signal} before the first step: start the same command again.") from signal
-    return 0 if told.get("finished") else run_rank(Path(told["run_dir"]), identity)
+    return ExitCode.DONE if told.get("finished") else run_rank(Path(told["run_dir"]), identity)
 
 
 def open_run_folder(config: TrainCommand) -> RunFolder:

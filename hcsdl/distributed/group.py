@@ -170,6 +170,11 @@ class Group:
             f"{name} {1000 * value:.1f} ms" for name, value in seconds.items()
         )
 
+    @property
+    def gradient_group(self) -> dist.ProcessGroup:
+        """The process group that gradients go through, of several ranks."""
+        return self._reducing or dist.group.WORLD
+
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """Return the model under DistributedDataParallel (itself, for one rank); its gradients come out averaged over the ranks.
 
@@ -183,7 +188,7 @@ class Group:
             warnings.simplefilter("ignore", FutureWarning)
             wrapped = self._in_parallel(model)
         if self.config.gradient_dtype == "bf16":
-            wrapped.register_comm_hook(self._reducing, bf16_hook)
+            wrapped.register_comm_hook(self.gradient_group, bf16_hook)
         return wrapped
 
     def _in_parallel(self, model: torch.nn.Module) -> torch.nn.parallel.DistributedDataParallel:
@@ -194,7 +199,7 @@ class Group:
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
                 bucket_cap_mb=self.config.bucket_mib,
-                process_group=self._reducing,
+                process_group=self.gradient_group,
             ),
         )
 

@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from hcsdl.config import ConfigError
+from hcsdl.config import ConfigError, ExitCode
 from hcsdl.distributed.heartbeat import LostRank, watch
 from hcsdl.distributed.identity import Identity
 
@@ -109,7 +109,7 @@ def hand_out(identity: Identity, asked: Mapping[str, object], make: Callable[[],
         text = make()
         store.set("hcsdl/text", "=" + text)
     except BaseException as error:
-        store.set("hcsdl/text", f"!{getattr(error, 'exit_code', 1)}")
+        store.set("hcsdl/text", f"!{getattr(error, 'exit_code', ExitCode.FAILED)}")
         raise
     finally:
         _until_heard(store, identity.world_size - 1)

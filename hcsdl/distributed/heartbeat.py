@@ -2,9 +2,9 @@
 
 In: the store all ranks share. Out: a `Heartbeat`, two daemon threads: one talks to the store over a connection of its own (a wait in the main
 thread's connection cannot silence it), one watches. A rank is lost when its beat has not changed for `silence_s`, or when it has said that it
-leaves in trouble; rank 0 (rather, the store beside it) when the store does not answer for so long, or closes. All clocks are this process's own,
-and time in which it was itself suspended does not count. Whoever finds a loss tells it to the ranks that can still be reached, so that all say the
-same. No promise is made about ranks that were never heard: meeting at the start has a time-out of its own.
+leaves in trouble; rank 0 (rather, the store beside it) when the store does not answer for so long, or closes, unless that rank has left in peace
+before. All clocks are this process's own, and time in which it was itself suspended does not count. Whoever finds a loss tells it to the ranks that
+can still be reached, so that all say the same. No promise is made about ranks that were never heard: meeting at the start has a time-out of its own.
 
 A main thread that hears of the loss raises `LostRank` from its collective. Where it cannot (oneCCL's calls cannot be aborted, gloo waits for a
 stalled peer until its time-out) the watching thread ends the process with code 5.
@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hcsdl.config import ExitCode
 from hcsdl.machine.process import show_held_output
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ HERE, DONE, TROUBLE, LOST = "here", "done", "trouble", "lost"
 class LostRank(RuntimeError):
     """Another rank ended or does not answer."""
 
-    exit_code = 5
+    exit_code = ExitCode.LOST_RANK
 
 
 @dataclass
@@ -200,12 +201,16 @@ class Heartbeat:
                 self._closed_s += passed_s
             else:
                 self._unanswered_s += passed_s
-            store = self._peers.get(0, Peer()).described(0)
+            zero = self._peers.get(0, Peer())
+            store = zero.described(0)
+            deaf = self._closed or self._unanswered_s > 2 * self._read_s
+            if deaf and zero.state == DONE:
+                return ""  # it has ended in peace, and the store with it
             if self._closed_s >= min(self.silence_s, EVIDENCE_S):
                 return f"{store} is lost: the rendezvous store beside it has closed the connection."
             if self._unanswered_s >= self.silence_s:
                 return f"{store} is lost: the rendezvous store beside it has not answered for {self._unanswered_s:.0f} s."
-            if self._closed or self._unanswered_s > 2 * self._read_s:
+            if deaf:
                 return ""  # nothing new can be known of the others
             for rank, peer in sorted(self._peers.items()):
                 peer.silent_s += passed_s

@@ -74,7 +74,7 @@ def _from_torch(env: Mapping[str, str]) -> Identity:
 
 
 def _from_slurm(env: Mapping[str, str]) -> Identity:
-    if env.get("SLURM_STEP_NUM_TASKS") == "1":
+    if _one_task(env):
         return Identity()
     missing = [name for name in SLURM if not env.get(name)]
     if missing:
@@ -168,6 +168,19 @@ def export_identity(identity: Identity) -> None:
         "LOCAL_RANK": str(identity.local_rank),
         "LOCAL_WORLD_SIZE": str(identity.local_world_size),
     }
+
+
+def alone_in_step(environment: Mapping[str, str] | None = None) -> bool:
+    """Return whether this process belongs to the only task of an srun step, to which Slurm has given cores for one rank.
+
+    A batch script and an salloc shell are no tasks of srun: there our own launcher has the node to itself.
+    """
+    env = os.environ if environment is None else environment
+    return _in_step(env) and _one_task(env)
+
+
+def _one_task(env: Mapping[str, str]) -> bool:
+    return env.get("SLURM_STEP_NUM_TASKS") == "1"
 
 
 def unused_nodes() -> int:

@@ -15,7 +15,7 @@ import struct
 from hcsdl.config import ConfigError
 from hcsdl.distributed.rendezvous import expand_nodes
 
-VARIABLES = ("HCSDL_INTERFACE", "GLOO_SOCKET_IFNAME", "FI_TCP_IFACE", "CCL_KVS_IFACE")
+VARIABLES = ("GLOO_SOCKET_IFNAME", "FI_TCP_IFACE", "CCL_KVS_IFACE")
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 LOOPBACK = "lo"
 ELSEWHERE = "192.0.2.1"  # an address nobody has (RFC 5737): the way to it is the default route
@@ -59,10 +59,10 @@ def common_interface(host: str) -> str | None:
     return next((name for name in towards if name not in (None, LOOPBACK)), None)
 
 
-def use_interface(name: str | None, host: str) -> None:
-    """Let gloo, oneCCL and libfabric use interface `name`, or where it is None `common_interface(host)`, `host` being the first rank's.
+def use_interface(name: str | None, host: str, one_host: bool = True) -> None:
+    """Let gloo, oneCCL and libfabric use interface `name`, or where it is None `common_interface(host)`, `host` being where the ranks meet.
 
-    Raises ConfigError where it has no address.
+    Not the loopback where they are known not to be on `one_host`. Raises ConfigError where `name` has no address.
     """
     known = interface_addresses()
     if name is not None and name not in known:
@@ -70,6 +70,6 @@ def use_interface(name: str | None, host: str) -> None:
             f"distributed.interface must be an interface of {socket.gethostname()} with an IPv4 address: {', '.join(known)}. Got {name!r} instead."
         )
     chosen = name or common_interface(host)
-    if chosen:
+    if chosen and (one_host or chosen != LOOPBACK):
         for variable in VARIABLES:
             os.environ.setdefault(variable, chosen)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from hcsdl.config import ExitCode
 from hcsdl.distributed.identity import OWN_LAUNCHER
 from hcsdl.distributed.rendezvous import free_port
 from hcsdl.machine.binding import place_environment, placed
@@ -25,10 +26,11 @@ from hcsdl.machine.placement import Place
 
 log = logging.getLogger(__name__)
 
-LOST_RANK, STOPPED = 5, 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-OUR_CODES = (1, 2, 3, 4, 5, 75)
-RESTARTED = (1, LOST_RANK)  # what another start may mend; not a bad setting, bad data, a loss that is no number, or a signal to stop
+RESTARTED = (
+    ExitCode.FAILED,
+    ExitCode.LOST_RANK,
+)  # what another start may mend; not bad settings or data, a loss that is no number, a signal
 FRUITLESS = 3  # starts in a row that saved nothing new make a crash loop; a guess
 GRACE_S = 10.0  # a rank that knows of its peer's failure gets this long to say what it saw; a guess
 
@@ -95,7 +97,7 @@ def supervise(
         if fruitless == FRUITLESS:
             log.error("hcsdl: %d starts in a row have saved nothing new: the ranks are not started again.", FRUITLESS)
             break
-        why = sentence.partition(";")[0] or "a rank was lost" if code == LOST_RANK else "a rank failed"
+        why = sentence.partition(";")[0] or "a rank was lost" if code == ExitCode.LOST_RANK else "a rank failed"
         log.warning("hcsdl: %s; starting the ranks again from step %d, restart %d of %d.", why, saved(), restart, restarts)
         renew()
     return code, sentence
@@ -116,9 +118,9 @@ def watch_ranks(children: Sequence[subprocess.Popen], silence_s: float = 30.0) -
             code = child.poll()
             if code not in (None, 0) and rank not in failed and rank not in stuck:
                 failed[rank] = code
-                if code != STOPPED:
-                    deadline = min(deadline, time.monotonic() + GRACE_S + (silence_s if code != LOST_RANK else 0))
-        if children[0].returncode in (0, STOPPED):
+                if code != ExitCode.STOPPED:
+                    deadline = min(deadline, time.monotonic() + GRACE_S + (silence_s if code != ExitCode.LOST_RANK else 0))
+        if children[0].returncode in (ExitCode.DONE, ExitCode.STOPPED):
             deadline = min(deadline, time.monotonic() + GRACE_S + silence_s)
         if all(child.returncode is not None for child in children):
             break
@@ -135,12 +137,12 @@ def watch_ranks(children: Sequence[subprocess.Popen], silence_s: float = 30.0) -
 def verdict(failed: dict[int, int], stuck: Collection[int] = ()) -> tuple[int, str]:
     """Return exit code and sentence for the ranks that ended badly, {rank: return code}, and those that did not end and were killed."""
     if not failed:
-        return 0, ""
-    own = {rank: code for rank, code in failed.items() if code in OUR_CODES and code != LOST_RANK}
+        return ExitCode.DONE, ""
+    own = {rank: code for rank, code in failed.items() if code in set(ExitCode) and code != ExitCode.LOST_RANK}
     if own:
         rank, code = next(iter(own.items()))
         return code, "" if 0 in own else f"rank {rank} ended the run with code {code}: logs/rank{rank}.log in the run folder says why."
-    lost = {rank: code for rank, code in failed.items() if code != LOST_RANK}
+    lost = {rank: code for rank, code in failed.items() if code != ExitCode.LOST_RANK}
     if lost:
         how = ", ".join(
             f"rank {rank} " + (f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}")
@@ -149,9 +151,9 @@ def verdict(failed: dict[int, int], stuck: Collection[int] = ()) -> tuple[int, s
     elif stuck:
         how = f"rank {min(stuck)} did not answer"
     else:
-        return LOST_RANK, ""
+        return ExitCode.LOST_RANK, ""
     return (
-        LOST_RANK,
+        ExitCode.LOST_RANK,
         f"{how} on {socket.gethostname()}; the other ranks were stopped. What was saved is intact: start the same command again to go on.",
     )
 
@@ -159,7 +161,7 @@ def verdict(failed: dict[int, int], stuck: Collection[int] = ()) -> tuple[int, s
 class Stop(Exception):
     """A signal asked us to stop; what was done is saved, and the same command goes on from there."""
 
-    exit_code = 75
+    exit_code = ExitCode.STOPPED
 
 
 class Forwarder:

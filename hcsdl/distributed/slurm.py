@@ -17,8 +17,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hcsdl.config import ConfigError
-from hcsdl.distributed.launcher import LOST_RANK, OUR_CODES, STOP_SIGNALS
+from hcsdl.config import ConfigError, ExitCode
+from hcsdl.distributed.launcher import STOP_SIGNALS
 from hcsdl.distributed.rendezvous import free_port
 
 log = logging.getLogger(__name__)
@@ -106,8 +106,8 @@ def pass_through(pipe: int) -> list[int]:
 
 def one_code(highest: int, said: Sequence[int]) -> int:
     """Return one exit code for all tasks from srun's own, the highest of theirs, and those it names: a task's reason goes before others' loss of it."""
-    own = [code for code in said if code in OUR_CODES and code != LOST_RANK]
-    return own[0] if own else highest if highest in (0, *OUR_CODES) else LOST_RANK
+    own = [code for code in said if code in set(ExitCode) - {ExitCode.LOST_RANK}]
+    return own[0] if own else highest if highest in set(ExitCode) else ExitCode.LOST_RANK
 
 
 def state(number: str) -> str:

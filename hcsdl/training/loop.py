@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from hcsdl.config import TrainingConfig
+from hcsdl.config import ExitCode, TrainingConfig
 from hcsdl.data.loading import MiniBatch, TrainLoader
 from hcsdl.distributed.group import Group
 from hcsdl.distributed.launcher import Stop
@@ -31,7 +31,7 @@ from hcsdl.training.step_time import StepClock, over_ranks
 class NonFiniteLoss(RuntimeError):
     """The loss or its gradient is not a number: the weights were left as they were."""
 
-    exit_code = 4
+    exit_code = ExitCode.NON_FINITE_LOSS
 
 
 @dataclass

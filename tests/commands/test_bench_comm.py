@@ -14,15 +14,17 @@ from hcsdl.config import ConfigError
 from hcsdl.distributed.group import Group
 from tests import runs
 from tests.distributed.ranks import on_ranks
+from tests.forked import start_ranks
 
-TINY = ["distributed.ranks=2", "machine.threads_per_rank=1", "distributed.timeout_s=60", "bench.rounds=2"]
+TINY = ["machine.threads_per_rank=1", "distributed.timeout_s=60", "bench.rounds=2"]
 KEY = ("all_reduce", "fp32", 10**6)
 
 
 def test_table_json_and_picture(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     words = [*TINY, "bench.sizes_kib=[1,300]", "bench.operations=[all_reduce,broadcast,all_gather]", "bench.backends=[gloo]"]
-    done = runs.run("bench", "comm", *words, f"bench.output={folder}")
+    ranks = start_ranks(["bench", "comm", *words, f"bench.output={folder}"], 2, tmp_path)
+    assert [rank.wait(200) for rank in ranks] == [0, 0], ranks[0].said()
     result = json.loads((folder / "result.json").read_text())
     assert (result["schema_version"], result["command"], result["world_size"], result["hosts"]) == (1, "hcsdl bench comm", 2, 1)
     assert (
@@ -36,9 +38,9 @@ def test_table_json_and_picture(tmp_path: Path) -> None:
         assert row["calls"] == 2 * calls_per_round(row["num_bytes"]) and 0 < row["q1_s"] <= row["median_s"] <= row["q3_s"]
         factor = 0.5 if row["operation"] == "all_gather" else 1.0
         assert row["bus_gb_per_s"] == pytest.approx(factor * row["num_bytes"] / row["median_s"] / 1e9)
-    assert len([line for line in done.stdout.splitlines() if line.startswith(("all_", "broadcast")) and "KiB" in line]) == len(rows)
+    assert len([line for line in ranks[0].said().splitlines() if line.startswith(("all_", "broadcast")) and "KiB" in line]) == len(rows)
     assert Image.open(folder / "communication.png").convert("L").getextrema() == (0, 255)
-    again = runs.run("bench", "comm", *TINY, f"bench.output={folder}", code=2)
+    again = runs.run("bench", "comm", *TINY, "distributed.ranks=2", f"bench.output={folder}", code=2)
     assert "must not hold a result" in again.stderr
 
 

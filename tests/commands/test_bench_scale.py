@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hcsdl.commands.bench_scale import Here, Taken, check_link, cluster_all_reduce, predictions, typical, verify
+from hcsdl.commands.bench_scale import Here, Taken, check_link, cluster_all_reduce, format_predictions, predictions, typical, verify
 from hcsdl.commands.compose import compose_command
 from hcsdl.config import BenchScaleConfig, ConfigError
 from hcsdl.distributed.scaling import Overlap, Timeline
@@ -85,11 +85,22 @@ def test_each_round_predicts_the_steps_of_these_ranks() -> None:
 
 def test_the_link_is_given_or_measured() -> None:
     with pytest.raises(ConfigError, match="must be given where all ranks are on one host"):
-        check_link(BenchScaleConfig(nodes=[1, 2]), hosts=1)
+        check_link(BenchScaleConfig(nodes=[1, 2]), 2, hosts=1)
     with pytest.raises(ConfigError, match="the link between them is measured"):
-        check_link(BenchScaleConfig(**GIVEN), hosts=2)
-    check_link(BenchScaleConfig(nodes=[1]), hosts=1)
-    check_link(BenchScaleConfig(), hosts=2)
+        check_link(BenchScaleConfig(**GIVEN), 2, hosts=2)
+    check_link(BenchScaleConfig(nodes=[1]), 2, hosts=1)
+    check_link(BenchScaleConfig(), 2, hosts=2)
+
+
+def test_over_hosts_one_node_of_several_ranks_is_not_predicted() -> None:
+    """The measured link says nothing of ranks that talk through a node's memory; of one rank a node there is nothing to know."""
+    bench = BenchScaleConfig(nodes=[1, 2], ranks_per_node=2)
+    rows = predictions("mcnn", here(hosts=2), bench)
+    assert [row["nodes"] for row in rows] == [2]
+    assert "not of 1 node" in format_predictions(rows, bench, here(hosts=2), None).splitlines()[0]
+    assert [row["nodes"] for row in predictions("mcnn", here(hosts=2), BenchScaleConfig(nodes=[1, 2]))] == [1, 2]
+    with pytest.raises(ConfigError, match="bench.nodes must have more than one node where 4 ranks measure on 2 hosts"):
+        check_link(BenchScaleConfig(nodes=[1]), 4, hosts=2)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,3 +119,10 @@ def test_where_the_launcher_binds_all_its_ranks_are_judged(tmp_path: Path, monke
     assert "128.0 for each of 1 rank" in one["memory"] and "32.0 for each of 4 ranks" in four["memory"]
     assert "10 compute threads on 10 cores" in one["threads"] and "40 compute threads on 40 cores" in four["threads"]
     assert eight["threads"].startswith("PROBLEM") and "80 compute threads on 40 cores" in eight["threads"], "two ranks share each part"
+
+
+def test_no_torch_is_imported() -> None:
+    """A machine is looked at in no time, and where torch does not import, too."""
+    script = "import sys; from hcsdl.commands.cli import main; main(['check', 'machine']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"

@@ -110,7 +110,8 @@ def end_after(name: str, timeout_s: float, environment: dict[str, str]) -> None:
 
 def main() -> int:
     """Be the one that forks pairs of ranks; print their exit codes. In a rank: be it, and return the exit code."""
-    import torch.distributed  # noqa: F401  once for all
+    import pytest  # noqa: F401  what the ranks' test modules import, once for all
+    import torch.distributed.nn  # noqa: F401
 
     name, times, at_once = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     parent, codes = os.getpid(), []

@@ -1,54 +1,53 @@
-"""Run a function of a test module on several real ranks, as child processes that meet over gloo or another backend."""
+"""Run a function of a test module on several real ranks with a `Group` between them, over gloo or another backend.
+
+Ranks are forked from a process that has imported torch.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import subprocess
-import sys
+import tempfile
+from functools import partial
+from pathlib import Path
 
 from hcsdl.distributed.rendezvous import free_port
-
-SCRIPT = """
-import importlib, json, os, sys
-from hcsdl.config import DistributedConfig
-from hcsdl.distributed.group import Group
-from hcsdl.distributed.identity import who_am_i
-import torch
-torch.set_num_threads(1)
-module, name = sys.argv[1].rsplit(".", 1)
-group = Group(who_am_i(), DistributedConfig(backend=sys.argv[3], timeout_s=float(sys.argv[2])))
-try:
-    value = getattr(importlib.import_module(module), name)(group)
-except Exception as error:
-    print(json.dumps({"error": type(error).__name__, "text": str(error)}), flush=True)
-    os._exit(1)
-print(json.dumps({"value": value}), flush=True)
-os._exit(0)
-"""
+from tests.forked import Forked, identity
 
 
 def on_ranks(function: object, world_size: int, timeout_s: float = 60, backend: str = "gloo") -> list[dict]:
     """Return what `function(group)` gave on each rank, as {"value": …} or {"error": …, "text": …}; {} for a rank that died."""
-    port = str(free_port())
-    name = f"{function.__module__}.{function.__name__}"  # type: ignore[attr-defined]
-    ranks = []
-    for rank in range(world_size):
-        env = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, name, str(timeout_s), backend],
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
+    port, name = free_port(), f"{function.__module__}.{function.__name__}"  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory(prefix="hcsdl-ranks-") as folder:
+        ranks = [
+            Forked(
+                partial(_be_rank, name, timeout_s, backend, identity(rank, world_size, rank, world_size, "127.0.0.1", port)),
+                Path(folder) / f"{rank}.out",
             )
-        )
-    said = [rank.communicate(timeout=120)[0].strip() for rank in ranks]
-    return [json.loads(text.splitlines()[-1]) if text else {} for text in said]
+            for rank in range(world_size)
+        ]
+        try:
+            for rank in ranks:
+                rank.wait(120)
+            lines = [[line for line in rank.said().splitlines() if line.startswith("{")] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+    return [json.loads(found[-1]) if found else {} for found in lines]
+
+
+def _be_rank(name: str, timeout_s: float, backend: str, environment: dict[str, str]) -> None:
+    from hcsdl.config import DistributedConfig
+    from hcsdl.distributed.group import Group
+    from hcsdl.distributed.identity import who_am_i
+
+    os.environ |= environment
+    group = Group(who_am_i(), DistributedConfig(backend=backend, timeout_s=timeout_s))
+    module, _, function = name.rpartition(".")
+    try:
+        said = {"value": getattr(importlib.import_module(module), function)(group)}
+    except Exception as error:
+        said = {"error": type(error).__name__, "text": str(error)}
+    print("\n" + json.dumps(said), flush=True)
+    os._exit("error" in said)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from hcsdl.config import ConfigError, DistributedConfig
+from hcsdl.distributed import backends
 from hcsdl.distributed.backends import largest_bucket, missing, time_backends
 from hcsdl.distributed.group import Group
 from hcsdl.distributed.identity import Identity
@@ -67,6 +68,64 @@ def test_auto_goes_on_without_a_oneccl_that_does_not_start() -> None:
         assert one["value"] == {"backend": "gloo", "reason": "ccl did not start: no provider found"}
 
 
+class Clock:
+    """Time that passes in all_reduces alone, as they would take over fabrics of made-up speeds."""
+
+    def __init__(self) -> None:
+        self.now, self.rounds, self.all_reduce = 0.0, 0, dist.all_reduce
+        backends.time, dist.all_reduce = self, self.passing
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def passing(self, tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
+        self.all_reduce(tensor, group=group)
+        latency_s, bytes_per_s = self.gloo if group is None else self.ccl
+        self.now += latency_s + tensor.nbytes / bytes_per_s
+        self.rounds += group is None
+
+
+SPEEDS = {  # latency in s and bytes/s of gloo, then of ccl: the faster comes last, since once chosen it stays
+    "between hosts": ((1e-3, 1e8), (2e-3, 5e7)),
+    "slow link": ((5e-3, 2.5e7), (5e-3, 1.5e7)),
+    "one host, ccl faster": ((1e-4, 2e9), (1e-4, 4e9)),
+}
+
+
+def clocked(group: Group) -> dict:
+    """Choose over fabrics of several speeds; return what each choice took of the clock, and what was chosen."""
+    clock, found = Clock(), {}
+    large = torch.nn.Linear(2000, 2000)  # 15 MiB
+    for name, (clock.gloo, clock.ccl) in SPEEDS.items():
+        begun, clock.rounds = clock.now, 0
+        group.choose_backend(large)
+        found[name] = [clock.now - begun, clock.rounds, group.backend, dist.get_backend(group.gradient_group)]
+    return found
+
+
+@pytest.mark.skipif(bool(missing("ccl")), reason=missing("ccl"))
+def test_auto_takes_the_faster_and_two_seconds_at_most() -> None:
+    """Slow links are timed with less than the whole bucket and less often; never less than three times each."""
+    first, second = (one["value"] for one in on_ranks(clocked, 2, backend="auto"))
+    assert first == second
+    for name, (seconds, rounds, backend, over) in first.items():
+        assert seconds <= 2.0 and rounds >= 4, name
+        assert backend == over == ("ccl" if name == "one host, ccl faster" else "gloo")
+
+
+def kept_ccl(group: Group) -> dict:
+    clock = Clock()
+    group.choose_backend(network(), before="ccl")
+    group.wrap(network())(torch.ones(3, 4)).sum().backward()
+    return {"backend": group.backend, "reason": group.backend_reason, "over": dist.get_backend(group.gradient_group), "timed": clock.rounds}
+
+
+@pytest.mark.skipif(bool(missing("ccl")), reason=missing("ccl"))
+def test_a_resumed_run_keeps_ccl_without_timing() -> None:
+    for one in on_ranks(kept_ccl, 2, backend="auto"):
+        assert one["value"] == {"backend": "ccl", "reason": "as before the resume", "over": "ccl", "timed": 0}
+
+
 def kept(group: Group) -> dict:
     group.choose_backend(network(), before="gloo")
     return {"backend": group.backend, "reason": group.backend_reason}
@@ -106,7 +165,8 @@ def rounded(group: Group) -> dict:
     }
 
 
-def test_gradients_sent_as_bf16_are_the_mean_to_rounding_and_alike_on_all_ranks() -> None:
-    first, second = (one["value"] for one in on_ranks(rounded, 2))
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("ccl", marks=pytest.mark.skipif(bool(missing("ccl")), reason="no oneCCL"))])
+def test_gradients_sent_as_bf16_are_the_mean_to_rounding_and_alike_on_all_ranks(backend: str) -> None:
+    first, second = (one["value"] for one in on_ranks(rounded, 2, backend=backend))
     assert first["grad"] == second["grad"] and first["bf16"]
     assert 0 < first["far"] < 2**-7, "rounded, by two roundings of 8 bits at most"

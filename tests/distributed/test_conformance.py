@@ -20,7 +20,14 @@ from tests.distributed.oneccl_ranks import on_ranks
 
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int16", "int32", "int64", "bool")
 SIZES = (0, 1, 7, 3000)
+LARGE, LARGE_DTYPES = 100_000, ("float32", "bfloat16", "int64")  # more than goes at once; from 256 KiB on an all_reduce meets first
 LAYOUTS = ("contiguous", "strided")
+IN_PLACE = (
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+)  # what goes in lies in what comes out, or the reverse
 REDUCTIONS: dict[str, tuple[ReduceOp, Callable[[np.ndarray], np.ndarray]]] = {
     "sum": (ReduceOp.SUM, lambda a: a.sum(0)),
     "product": (ReduceOp.PRODUCT, lambda a: a.prod(0)),
@@ -63,8 +70,16 @@ def table(world_size: int) -> list[Case]:
         for dtype in DTYPES
         for size in SIZES
         for layout in LAYOUTS
-        if not (dtype == "bool" and reduction == "avg")
     ]
+    cases += [Case(name, dtype, LARGE, "contiguous", reduction) for name, reduction in operations for dtype in LARGE_DTYPES]
+    cases += [
+        Case(name, dtype, size, "in place", reduction)
+        for name, reduction in operations
+        for dtype in DTYPES
+        for size in (7, 3000)
+        if name in IN_PLACE
+    ]
+    cases = [case for case in cases if not (case.dtype == "bool" and case.reduction == "avg")]
     return cases[world_size::11] if world_size > 2 else cases  # 11 shares no factor with the table's columns
 
 
@@ -79,7 +94,7 @@ def values(case: Case, rank: int, count: int) -> torch.Tensor:
 
 def laid_out(case: Case, tensor: torch.Tensor) -> torch.Tensor:
     """Return a copy of the tensor, every second element of a longer one where the layout says strided."""
-    if case.layout == "contiguous":
+    if case.layout != "strided":
         return tensor.clone()
     longer = torch.zeros(2 * tensor.numel(), dtype=tensor.dtype)
     longer[::2] = tensor
@@ -101,52 +116,37 @@ def run(case: Case, rank: int, world_size: int, group: dist.ProcessGroup) -> lis
         list(mine.split(case.size or 1)) if case.size else [mine] * n,
         list(blank.split(case.size)) if case.size else [blank] * n,
     )
-    operation = REDUCTIONS[case.reduction][0] if case.reduction else None
-    match case.operation:
-        case "all_reduce":
-            dist.all_reduce(mine, operation, group=group)
-            return [mine]
-        case "reduce":
-            dist.reduce(mine, last, operation, group=group)
-            return [mine] if rank == last else []  # elsewhere it is undefined
-        case "reduce_scatter":
-            dist.reduce_scatter(blanks[0], parts, operation, group=group)
-            return [blanks[0]]
-        case "reduce_scatter_tensor":
-            dist.reduce_scatter_tensor(blanks[0], mine, operation, group=group)
-            return [blanks[0]]
-        case "broadcast":
-            dist.broadcast(mine, last, group=group)
-            return [mine]
-        case "all_gather":
-            dist.all_gather(blanks, mine, group=group)
-            return blanks
-        case "all_gather_into_tensor":
-            dist.all_gather_into_tensor(blank, mine, group=group)
-            return [blank]
-        case "gather":
-            dist.gather(mine, blanks if rank == last else None, last, group=group)
-            return blanks
-        case "scatter":
-            dist.scatter(blanks[0], parts if rank == last else None, last, group=group)
-            return [blanks[0]]
-        case "all_to_all":
-            dist.all_to_all(blanks, parts, group=group)
-            return blanks
-        case "all_to_all_single":
-            dist.all_to_all_single(blank, mine, group=group)
-            return [blank]
-        case "uneven":
-            sent, received = splits(n, rank, case.size), [splits(n, other, case.size)[rank] for other in range(n)]
-            output = laid_out(case, torch.zeros(sum(received), dtype=mine.dtype))
-            dist.all_to_all_single(output, laid_out(case, values(case, rank, sum(sent))), received, sent, group=group)
-            return [output]
-        case _:
-            sending = dist.isend(mine, (rank + 1) % n, group=group) if n > 1 else None
-            if n > 1:
-                dist.recv(blanks[0], (rank - 1) % n, group=group)
-                sending.wait()
-            return [blanks[0]]
+    if case.layout == "in place" and case.reduction:
+        blanks[0] = parts[rank]
+    elif case.layout == "in place":
+        mine = blanks[rank].copy_(mine)
+    if case.operation == "uneven":
+        sent, received = splits(n, rank, case.size), [splits(n, other, case.size)[rank] for other in range(n)]
+        output = laid_out(case, torch.zeros(sum(received), dtype=mine.dtype))
+        dist.all_to_all_single(output, laid_out(case, values(case, rank, sum(sent))), received, sent, group=group)
+        return [output]
+    if case.operation == "send_recv":
+        sending = dist.isend(mine, (rank + 1) % n, group=group) if n > 1 else None
+        if n > 1:
+            dist.recv(blanks[0], (rank - 1) % n, group=group)
+            sending.wait()
+        return [blanks[0]]
+    here, operation = rank == last, REDUCTIONS[case.reduction][0] if case.reduction else None
+    arguments, changed = {
+        "all_reduce": ((mine, operation), [mine]),
+        "reduce": ((mine, last, operation), [mine] if here else []),  # elsewhere it is undefined
+        "reduce_scatter": ((blanks[0], parts, operation), blanks[:1]),
+        "reduce_scatter_tensor": ((blanks[0], mine, operation), blanks[:1]),
+        "broadcast": ((mine, last), [mine]),
+        "all_gather": ((blanks, mine), blanks),
+        "all_gather_into_tensor": ((blank, mine), [blank]),
+        "gather": ((mine, blanks if here else None, last), blanks),
+        "scatter": ((blanks[0], parts if here else None, last), blanks[:1]),
+        "all_to_all": ((blanks, parts), blanks),
+        "all_to_all_single": ((blank, mine), [blank]),
+    }[case.operation]
+    getattr(dist, case.operation)(*arguments, group=group)
+    return changed
 
 
 def oracle(case: Case, rank: int, world_size: int) -> list[np.ndarray]:

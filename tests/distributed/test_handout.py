@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from hcsdl.distributed.handout import compare
 from hcsdl.distributed.rendezvous import free_port
 from tests import runs
+from tests.forked import start_rank, start_ranks
+
+TRAIN = ["train", *runs.TINY]
 
 
 def test_the_first_difference_is_told_with_both_values_ranks_and_hosts() -> None:
@@ -25,64 +25,43 @@ def test_the_first_difference_is_told_with_both_values_ranks_and_hosts() -> None
     )
 
 
-def start(rank: int, port: int, *words: str, command: Sequence[str] = ("train", *runs.TINY)) -> subprocess.Popen:
-    env = {
-        "RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "hcsdl", *command, *words],
-        env=runs.environment() | env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_ranks_asked_for_different_things_stop_before_anything_is_done(tmp_path: Path) -> None:
     port, run = free_port(), tmp_path / "run"
-    ranks = [start(rank, port, f"plates.root={tmp_path}", f"run_dir={run}", f"training.learning_rate=0.0{rank + 1}") for rank in range(2)]
-    for process in ranks:
-        _, said = process.communicate(timeout=100)
-        assert process.returncode == 2, said
-        assert said.count("training.learning_rate is 0.01 on rank 0 (") == 1 and "and 0.02 on rank 1 (" in said
+    words = [*TRAIN, f"plates.root={tmp_path}", f"run_dir={run}"]
+    ranks = [start_rank([*words, f"training.learning_rate=0.0{rank + 1}"], rank, 2, port, tmp_path) for rank in range(2)]
+    for rank in ranks:
+        assert rank.wait(100) == 2, rank.said()
+        assert rank.said().count("training.learning_rate is 0.01 on rank 0 (") == 1 and "and 0.02 on rank 1 (" in rank.said()
     assert not run.exists()
 
 
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
-    words = [f"plates.root={tmp_path}", f"run_dir={tmp_path / 'run'}", "distributed.timeout_s=3"]
-    process = start(0, free_port(), *words)
-    _, said = process.communicate(timeout=100)
-    assert process.returncode == 5 and "rank 0 of 2: all ranks must come within 3 s. Rank 1 did not" in said, said
+    words = [*TRAIN, f"plates.root={tmp_path}", f"run_dir={tmp_path / 'run'}", "distributed.timeout_s=3"]
+    rank = start_rank(words, 0, 2, free_port(), tmp_path)
+    assert rank.wait(100) == 5 and "rank 0 of 2: all ranks must come within 3 s. Rank 1 did not" in rank.said(), rank.said()
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_trained_nothing_leaves_its_folder_to_the_corrected_command(tmp_path: Path, tiny_plates: Path) -> None:
-    port, run, weights = free_port(), tmp_path / "run", tmp_path / "weights.pt"
+    run, weights = tmp_path / "run", tmp_path / "weights.pt"
     weights.write_text("none")
-    ranks = [start(rank, port, f"plates.root={tiny_plates}", f"run_dir={run}", f"training.resume={weights}") for rank in range(2)]
-    said = [process.communicate(timeout=100)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [3, 3], said
+    ranks = start_ranks([*TRAIN, f"plates.root={tiny_plates}", f"run_dir={run}", f"training.resume={weights}"], 2, tmp_path)
+    assert [rank.wait(100) for rank in ranks] == [3, 3], ranks[0].said()
     assert (run / "plan.json").exists() and not (run / "config.yaml").exists()
 
 
 def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
-        process = start(0, port, f"plates.root={tmp_path}", f"run_dir={tmp_path / 'run'}")
-        _, said = process.communicate(timeout=100)
-    assert process.returncode == 5 and f"rank 0 must open port {port} for the others to meet at. Another program has taken it" in said, said
+        rank = start_rank([*TRAIN, f"plates.root={tmp_path}", f"run_dir={tmp_path / 'run'}"], 0, 2, port, tmp_path)
+        code, said = rank.wait(100), rank.said()
+    assert code == 5 and f"rank 0 must open port {port} for the others to meet at. Another program has taken it" in said, said
 
 
 def test_a_benchmark_that_cannot_write_ends_on_every_rank(tmp_path: Path) -> None:
-    folder, port = tmp_path / "out", free_port()
+    folder = tmp_path / "out"
     folder.mkdir()
     (folder / "result.json").touch()
-    ranks = [start(rank, port, f"bench.output={folder}", command=["bench", "comm"]) for rank in range(2)]
-    said = [process.communicate(timeout=100)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [2, 2], said
-    assert "must not hold a result" in said[0]
+    ranks = start_ranks(["bench", "comm", f"bench.output={folder}"], 2, tmp_path)
+    assert [rank.wait(100) for rank in ranks] == [2, 2], ranks[0].said()
+    assert "must not hold a result" in ranks[0].said()

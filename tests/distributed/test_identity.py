@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from hcsdl.config import ConfigError
-from hcsdl.distributed.identity import Identity, export_identity, tasks_per_node, unused_nodes, who_am_i
+from hcsdl.commands import prepare
+from hcsdl.config import ConfigError, DistributedConfig, TrainCommand, TrainingConfig
+from hcsdl.distributed.identity import Identity, alone_in_step, export_identity, tasks_per_node, unused_nodes, who_am_i
 from hcsdl.distributed.rendezvous import expand_nodes, first_host, numbered_port
+from hcsdl.machine.topology import read_machine
+from tests.machine import trees
 
 pytestmark = pytest.mark.xeon_only
 HERE = socket.gethostname()
@@ -100,6 +103,26 @@ def test_a_batch_script_that_inherited_the_variables_of_a_step_is_alone(step: st
     command = ["bash", "-c", f'(exec -a "slurmstepd: [{step}]" bash -c "{show}; exit")']
     found = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.strip()
     assert found == ("srun" if step == "7.0" else "alone")
+
+
+@pytest.mark.parametrize(
+    ("env", "alone"),
+    [({}, False), (BATCH, False), (BATCH | {"SLURM_NTASKS": "1"}, False), (STEP, False), (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, True)],
+    ids=["no Slurm", "batch script", "batch script of one task", "step of four", "step of one"],
+)
+def test_a_single_task_of_srun_is_one_rank_and_a_batch_script_is_none(
+    env: dict, alone: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What a step's only task starts itself is one rank, unless asked otherwise; a batch script starts the node's."""
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    machine = read_machine(trees.xeon(tmp_path))
+    monkeypatch.setattr(prepare, "read_machine", lambda: machine)
+    assert alone_in_step() is alone
+    assert len(prepare.plan_ranks(TrainCommand(training=TrainingConfig(global_batch_size=8)))) == (1 if alone else 4)
+    assert len(prepare.plan_ranks(TrainCommand(distributed=DistributedConfig(ranks=2)))) == 2
 
 
 def test_idle_nodes_of_a_batch_script_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

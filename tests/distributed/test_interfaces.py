@@ -55,6 +55,14 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["FI_TCP_IFACE"] == "mine" and os.environ["GLOO_SOCKET_IFNAME"] == os.environ["CCL_KVS_IFACE"] == "lo"
 
 
+def test_the_loopback_does_not_lead_to_another_host() -> None:
+    """Ranks of several hosts that meet at this one's loopback, through a tunnel, say, do not talk over it."""
+    use_interface(None, "127.0.0.1", one_host=False)
+    assert not any(name in os.environ for name in VARIABLES)
+    use_interface(None, "127.0.0.1")
+    assert all(os.environ[name] == "lo" for name in VARIABLES)
+
+
 def test_an_unknown_interface_is_refused_with_those_there_are() -> None:
     with pytest.raises(ConfigError, match="distributed.interface must be an interface of .*lo.*Got 'ib7' instead"):
         use_interface("ib7", "127.0.0.1")

@@ -15,9 +15,10 @@ import torch.distributed as dist
 import torch.distributed.nn
 
 from hcsdl.distributed import oneccl
-from hcsdl.distributed.oneccl import library, settings
+from hcsdl.distributed import oneccl_library as library
+from hcsdl.distributed.oneccl import settings
 from hcsdl.distributed.oneccl.meeting import meet
-from hcsdl.distributed.oneccl.settings import Place
+from hcsdl.distributed.oneccl.settings import Whereabouts
 from tests.distributed.oneccl_ranks import end_codes, finish, on_ranks, start
 
 
@@ -81,15 +82,16 @@ def _with_ipex() -> bool:
 
 def test_neighbours_share_memory_only_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks are counted by host; two of one host name that cannot share memory turn it off for all."""
-    for name in ("CCL_LOCAL_RANK", "CCL_LOCAL_SIZE", "CCL_ATL_SHM", "FI_TCP_IFACE", "CCL_KVS_IFACE", "HCSDL_INTERFACE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("CCL_LOCAL_RANK", "CCL_LOCAL_SIZE", "CCL_ATL_SHM", "FI_TCP_IFACE", "CCL_KVS_IFACE", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("CCL_ATL_SHM", "1")
-    two_nodes = [Place("a", "1", 1000), Place("b", "2", 1000), Place("a", "1", 1000)]
+    two_nodes = [Whereabouts("a", "1", 1000), Whereabouts("b", "2", 1000), Whereabouts("a", "1", 1000)]
     settings.before_first_communicator(2, two_nodes)
     assert (os.environ["CCL_LOCAL_RANK"], os.environ["CCL_LOCAL_SIZE"], os.environ["CCL_ATL_SHM"]) == ("1", "2", "1")
     assert "FI_TCP_IFACE" not in os.environ  # the loopback does not reach the other node
-    settings.before_first_communicator(0, [Place("a", "1", 1000), Place("a", "2", 1000)])
+    settings.before_first_communicator(0, [Whereabouts("a", "1", 1000), Whereabouts("a", "2", 1000)])
     assert os.environ["CCL_ATL_SHM"] == "0"
 
 

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from hcsdl.distributed import oneccl, segments
-from hcsdl.distributed.oneccl import library, settings
-from hcsdl.distributed.oneccl.settings import Place
+from hcsdl.distributed import oneccl_library as library
+from hcsdl.distributed.oneccl import settings
+from hcsdl.distributed.oneccl.settings import Whereabouts
 from tests.distributed.oneccl_ranks import finish, on_ranks, start
 
 LARGE = 2_000_000  # elements: the ranks meet over gloo before
@@ -131,6 +132,27 @@ def test_what_was_issued_before_the_end_is_done() -> None:
     assert [one["value"] for one in on_ranks(destroyed_with_an_all_reduce_pending, 2)] == [["None", 2.0]] * 2
 
 
+def rank_0_ends_first() -> str:
+    """Rank 0 goes at once; rank 1 has work of its own to do until rank 0's process and the store are long gone."""
+    from hcsdl.distributed.oneccl import process_group
+
+    process_group.LEAVE_S = 2.5  # twice in turn: for oneCCL, and for the store
+    all_reduce()
+    if dist.get_rank() == 1:
+        time.sleep(11)
+    return "done"
+
+
+def test_a_rank_may_work_on_after_rank_0_has_ended_in_peace() -> None:
+    """Who destroys the group long after its peers ends with code 0, too, and leaves no shared memory behind; nobody is said to be lost."""
+    ranks = start(rank_0_ends_first, 2)
+    pids = [rank.pid for rank in ranks]
+    for said in finish(ranks):
+        assert (said["code"], said["value"]) == (0, "done"), said
+        assert "lost" not in said["output"]
+    assert [segments_of(pid) for pid in pids] == [[], []]
+
+
 def twice_on_one_store() -> list:
     """Make, use and destroy the group twice on a store that outlives it; rank 0 comes late."""
     rank, outer = dist.get_rank(), dist.distributed_c10d._get_default_store()
@@ -160,9 +182,9 @@ def test_a_group_can_be_made_again_on_the_same_store() -> None:
 # Which settings and which libraries.
 
 
-def shared_memory_with(places: list[Place], monkeypatch: pytest.MonkeyPatch, given: str = "", **more: object) -> str:
+def shared_memory_with(places: list[Whereabouts], monkeypatch: pytest.MonkeyPatch, given: str = "", **more: object) -> str:
     """Return CCL_ATL_SHM as it is set for rank 0 of ranks at `places`, where the user has given this."""
-    for name in ("CCL_LOCAL_RANK", "CCL_LOCAL_SIZE", "CCL_ATL_SHM", "FI_TCP_IFACE", "CCL_KVS_IFACE"):
+    for name in ("CCL_LOCAL_RANK", "CCL_LOCAL_SIZE", "CCL_ATL_SHM", "FI_TCP_IFACE", "CCL_KVS_IFACE", "GLOO_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
     if given:
@@ -173,21 +195,21 @@ def shared_memory_with(places: list[Place], monkeypatch: pytest.MonkeyPatch, giv
 
 def test_shared_memory_needs_room_on_every_host(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """One host with too little in /dev/shm turns it off on all, said once by name, unless the user wants it; without /dev/shm it is always off."""
-    roomy, tight = [Place("a", "1", 300)] * 2, [Place("b", "2", 200)] * 2
+    roomy, tight = [Whereabouts("a", "1", 300)] * 2, [Whereabouts("b", "2", 200)] * 2
     with caplog.at_level(logging.WARNING):
         assert shared_memory_with(roomy, monkeypatch) == "1" and caplog.messages == []
         assert shared_memory_with(roomy + tight, monkeypatch) == "0"
         assert len(caplog.messages) == 1 and " b has less than 128 MiB a rank" in caplog.messages[0]
     assert shared_memory_with(roomy + tight, monkeypatch, given="1") == "1"
     assert shared_memory_with(roomy, monkeypatch, given="0") == "0"
-    assert shared_memory_with([*roomy, Place("b", "2", -1)], monkeypatch, given="1") == "0"
+    assert shared_memory_with([*roomy, Whereabouts("b", "2", -1)], monkeypatch, given="1") == "0"
 
 
 def test_ranks_of_a_part_are_counted_as_the_launcher_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """A first group of some ranks only does not settle who is whose neighbour for later groups, where the launcher has said so."""
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    places = [Place("a", "1", 1000)] * 2
+    places = [Whereabouts("a", "1", 1000)] * 2
     shared_memory_with(places, monkeypatch, whole=False)
     assert (os.environ["CCL_LOCAL_RANK"], os.environ["CCL_LOCAL_SIZE"]) == ("2", "4")
     shared_memory_with(places, monkeypatch, whole=True)
@@ -205,17 +227,28 @@ def test_a_folder_without_all_libraries_is_passed_over(monkeypatch: pytest.Monke
     assert library.folder() == tmp_path / "lib"
 
 
-def test_the_official_binding_gets_no_settings_of_ours(tmp_path: Path) -> None:
-    """Where Intel's package imports, its own defaults hold; where its import fails, ours do."""
-    package = tmp_path / f"{oneccl.OFFICIAL}.py"
-    script = "import os, hcsdl.distributed.oneccl as o; print(o.binding, [n for n in os.environ if n.startswith('CCL_')] == [])"
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("CCL_")} | {"PYTHONPATH": str(tmp_path)}
+STAND_IN = """
+import torch.distributed as dist
+class Official(dist.ProcessGroup):
+    def __init__(self, store, rank, size, timeout):
+        super().__init__(rank, size)
+dist.Backend.register_backend("ccl", Official, devices=["cpu"])
+"""
+WHOSE = """
+import os, hcsdl.distributed.oneccl as o, torch.distributed as dist
+ours = [name for name in os.environ if name.startswith("CCL_")]
+dist.init_process_group("ccl", store=dist.HashStore(), rank=0, world_size=1)
+print(o.binding, type(dist.group.WORLD).__name__, len(ours) > 0, o.missing() == "")
+"""
+
+
+def test_the_official_binding_goes_first_where_it_imports(tmp_path: Path) -> None:
+    """A stand-in for Intel's package, which registers a group of its own, is used, with its own defaults; one that does not import is not."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("CCL_")}
+    clean["PYTHONPATH"] = os.pathsep.join([str(tmp_path), clean.get("PYTHONPATH", "")])
     said = []
-    for content in ("", "raise ImportError('undefined symbol')"):
-        package.write_text(content)
-        said.append(
-            subprocess.run(
-                [sys.executable, "-c", script], env=clean, capture_output=True, text=True, timeout=120, check=True
-            ).stdout.split()
-        )
-    assert said == [[oneccl.OFFICIAL, "True"], ["hcsdl", "False"]]
+    for content in (STAND_IN, "raise ImportError('undefined symbol')"):
+        (tmp_path / f"{oneccl.OFFICIAL}.py").write_text(content)
+        done = subprocess.run([sys.executable, "-c", WHOSE], env=clean, capture_output=True, text=True, timeout=120, check=True)
+        said.append(done.stdout.split())
+    assert said == [[oneccl.OFFICIAL, "Official", "False", "True"], ["hcsdl", "ProcessGroupCCL", "True", "True"]]

@@ -121,7 +121,7 @@ def test_the_other_rank_ends_with_5_and_names_the_lost(
     tiny_plates: Path, tmp_path: Path, hosts: tuple[Host, Host], fault: str, backend: str
 ) -> None:
     folder, said = tmp_path / "run", tmp_path / "output"
-    patience = ["distributed.timeout_s=20"] if fault == "hangs in Python" else []
+    patience = ["distributed.timeout_s=12"] if fault == "hangs in Python" else []
     bug = partial(at_step_5, raise_an_error if fault == "raises" else hang)  # so that what happens to it happens in mid-training
     ranks = start_ranks_on(hosts, [*words(tiny_plates, folder, backend), *patience], 1, said, {1: bug})
     wait_for_checkpoint(folder, 5, ranks)
@@ -141,6 +141,15 @@ def test_the_other_rank_ends_with_5_and_names_the_lost(
         for rank in start_ranks_on(hosts, words(tiny_plates, folder, backend), 1, said):
             assert rank.wait(150) == 0, rank.said()
         assert runs.summary(folder)["resumed"] and runs.digest(folder) == undisturbed(tiny_plates, backend, 2, SHORT)
+
+
+def test_two_hosts_train_to_the_weights_of_one(tiny_plates: Path, tmp_path: Path, hosts: tuple[Host, Host]) -> None:
+    folder = tmp_path / "run"
+    for rank in start_ranks_on(hosts, words(tiny_plates, folder, BEST), 1, tmp_path / "output"):
+        assert rank.wait(150) == 0, rank.said()
+    found = runs.summary(folder)
+    assert (found["world_size"], found["backend"], found["resumed"]) == (2, BEST, False)
+    assert runs.digest(folder) == undisturbed(tiny_plates, BEST, 2, SHORT)
 
 
 def hang_while_preparing() -> None:

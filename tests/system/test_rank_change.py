@@ -12,6 +12,7 @@ from hcsdl.commands.run import Run
 from hcsdl.commands.train import open_run_folder, prepare_run
 from hcsdl.distributed.identity import Identity
 from tests import runs
+from tests.forked import train_on
 
 # No batch norm: its statistics are those of a rank's own share.
 WORDS = ["model=mcnn", "model.head=pool", "model.width=0.5", "kernels=reference", "training.epochs=3", "training.global_batch_size=4",
@@ -38,11 +39,11 @@ def test_losses_go_on_as_if_the_number_of_ranks_had_never_changed(tiny_plates: P
     stage = f"data.stage={tmp_path / 'disk'}"
     alone(tiny_plates, tmp_path / "alone", 8)
     alone(tiny_plates, tmp_path / "run", 2)
-    two = runs.train(tiny_plates, tmp_path / "run", *WORDS, "distributed.ranks=2", "training.max_steps=4", stage).stderr
+    two = train_on(2, tiny_plates, tmp_path / "run", *WORDS, "training.max_steps=4", stage)
     assert "resuming on 2 ranks what 1 began: same order and batch, equal to rounding." in two
     assert two.count(", 0 were there: ") == 1  # one rank copies for both
     shutil.copytree(tmp_path / "run", tmp_path / "shrunk")
-    four = runs.train(tiny_plates, tmp_path / "run", *WORDS, "distributed.ranks=4", "training.max_steps=8", stage).stderr
+    four = train_on(4, tiny_plates, tmp_path / "run", *WORDS, "training.max_steps=8", stage)
     assert "resuming on 4 ranks what 2 began" in four and "staged 0 files, " in four
     alone(tiny_plates, tmp_path / "shrunk", 8)
 

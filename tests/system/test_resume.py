@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import runs
+from tests.forked import train_on
 
 IPEX = pytest.param(
     "ipex", marks=pytest.mark.skipif(importlib.util.find_spec("intel_extension_for_pytorch") is None, reason="no IPEX here")
@@ -22,7 +23,7 @@ STEPS = ["training.epochs=3", "training.checkpoint_every_steps=1"]
 @pytest.mark.parametrize("kernels", ["native", IPEX])
 def test_killed_and_resumed_run_ends_with_the_same_bits(tiny_plates: Path, tmp_path: Path, kernels: str, ranks: int) -> None:
     words = [f"kernels={kernels}", f"distributed.ranks={ranks}", *STEPS]
-    runs.train(tiny_plates, tmp_path / "alone", *words)
+    train_on(ranks, tiny_plates, tmp_path / "alone", *words)
     folder = tmp_path / "killed"
 
     # The starter is killed, at a step; its ranks go with it.
@@ -67,14 +68,14 @@ def test_signal_finishes_the_step_saves_and_exits_75(tiny_plates: Path, tmp_path
     assert not (folder / "summary.json").exists()
 
     runs.train(tiny_plates, folder, *words)
-    runs.train(tiny_plates, tmp_path / "alone", *words)
+    train_on(2, tiny_plates, tmp_path / "alone", *words)
     assert runs.digest(folder) == runs.digest(tmp_path / "alone")
 
 
 def test_three_ranks_resume_bit_for_bit(tiny_plates: Path, tmp_path: Path) -> None:
     # Not auto: two runs may find another backend faster, and from three ranks on each adds in an order of its own.
     words = ["kernels=native", "distributed.ranks=3", "distributed.backend=gloo", "training.global_batch_size=6", "training.epochs=2"]
-    runs.train(tiny_plates, tmp_path / "alone", *words)
+    train_on(3, tiny_plates, tmp_path / "alone", *words)
     process = runs.start_train(tiny_plates, tmp_path / "stopped", *words)
     runs.wait_for_step(process, tmp_path / "stopped", 2)
     os.kill(process.pid, signal.SIGTERM)

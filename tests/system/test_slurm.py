@@ -105,8 +105,9 @@ def test_a_killed_rank_and_a_dead_node_cost_restarts_and_no_bit(
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tiny_plates: Path, tmp_path: Path) -> None:
-    job = Submitted(cluster, tiny_plates, tmp_path, ["--nodes=1", "--ntasks-per-node=1"], "distributed.ranks=1")
+    job = Submitted(cluster, tiny_plates, tmp_path, ["--nodes=1", "--ntasks-per-node=1"])
     job.wait_for_step(1, attempt=1)
+    assert ": 1 rank × 1 thread" in job.log.read_text(), "a single task is a rank, too"
     cluster.ask("scancel", job.job)
     assert cluster.wait(job.job) == "CANCELLED"
     wait_until(lambda: not processes(job.job), "the end of its processes", log=job.log)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
-from hcsdl.distributed.oneccl import library, settings
+from hcsdl.distributed import oneccl_library as library
+from hcsdl.distributed.oneccl import settings
 from hcsdl.distributed.oneccl.api import CclError
 
 OFFICIAL = "oneccl_bindings_for_pytorch"

@@ -11,7 +11,7 @@ import ctypes
 import functools
 from enum import IntEnum
 
-from hcsdl.distributed.oneccl import library
+from hcsdl.distributed import oneccl_library as library
 
 UNIQUE_ID_BYTES = 4096  # ONECCL_UNIQUE_ID_BYTES
 

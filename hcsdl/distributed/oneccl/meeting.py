@@ -9,13 +9,14 @@ import atexit
 import json
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import astuple
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from hcsdl.distributed.oneccl.api import CclError
-from hcsdl.distributed.oneccl.settings import Place
+from hcsdl.distributed.oneccl.settings import Whereabouts
 
 TELL_S = 1.0  # how often a rank tells how far it has come; also what the answer of a store that may be gone is waited for
 STOP_S = 5.0  # the interpreter must not end while the thread is inside the store's code, unless the store hangs; a guess
@@ -31,14 +32,14 @@ def attempt(store: dist.Store, rank: int) -> dist.Store:
         raise CclError(f"rank {rank}: {STORE_GONE}") from error
 
 
-def meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> list[Place]:
+def meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> list[Whereabouts]:
     """Return every rank's place, in rank order, once all have come. Raises CclError naming the ranks that have not within `timeout_s`."""
-    here = Place.here()
+    here = Whereabouts.here()
     keys = [f"place/{other}" for other in range(size)]
     try:
         store.set(keys[rank], json.dumps(astuple(here)))
         store.wait(keys, timedelta(seconds=timeout_s))
-        return [Place(*json.loads(value)) for value in store.multi_get(keys)]
+        return [Whereabouts(*json.loads(value)) for value in store.multi_get(keys)]
     except dist.DistError as error:
         raise CclError(f"rank {rank} of {size} ({here.host}): {_who_is_missing(store, keys, timeout_s)}") from error
 
@@ -72,6 +73,21 @@ def share_id(store: dist.Store, rank: int, make: Callable[[], bytes], timeout_s:
     if shared[:1] == b"!":
         raise CclError(f"rank 0 could not start oneCCL: {shared[1:].decode()}")
     return shared[1:]
+
+
+def leave_together(store: dist.Store, size: int, limit_s: float) -> bool:
+    """Return, the same on every rank, whether all ranks of a group have come to end it within `limit_s` of each other; not where the store is gone.
+
+    The first to run out of patience and the last to come may meet; the store takes one word of the two.
+    """
+    try:
+        last = store.add("leaving", 1) == size
+        if not last:
+            with suppress(dist.DistError):
+                store.wait(["left"], timedelta(seconds=limit_s))
+        return store.compare_set("left", "", "together" if last else "apart") == b"together"
+    except dist.DistError:
+        return False
 
 
 def listed(names: Sequence[str]) -> str:

@@ -49,7 +49,7 @@ class PointToPoint:
         self._prefix = prefix
         self._timeout = timeout
         options = ProcessGroupGloo._Options()
-        interface = os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("FI_TCP_IFACE") or ""
+        interface = os.environ.get("GLOO_SOCKET_IFNAME", "")  # as `use_interface` has set it, or the user
         options._timeout = 2 * timeout  # where ranks meet for a collective, that one's own time-out comes first, and says more
         try:
             device = ProcessGroupGloo.create_device(interface=interface) if interface else ProcessGroupGloo.create_default_device()

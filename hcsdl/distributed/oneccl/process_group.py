@@ -8,6 +8,7 @@ torch 2.8 and 2.13 call some methods by different names; both are defined.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -263,15 +264,21 @@ class ProcessGroupCCL(dist.ProcessGroup):
             return
         self._closed = True
         with suppress(CclError):
-            self._issue("end of oneCCL", None, self._end, []).wait(timedelta(seconds=LEAVE_S))
+            self._issue("end of oneCCL", None, self._end, []).wait(timedelta(seconds=2 * LEAVE_S))
         self._progress.stop()
         if self._is_default:
             self._leave_store()
 
     def _end(self) -> None:
-        """Part with the others, after everything that was issued before."""
+        """Part with the others, after everything that was issued before.
+
+        oneCCL ends a communicator only together: a rank whose peers work on, or have gone, keeps its own until the process ends.
+        """
         self._pairs.close()
-        self._on.close()
+        if meeting.leave_together(self._store, self.size(), LEAVE_S):
+            self._on.close()
+        else:
+            atexit.register(segments.remove_own)
 
     def _leave_store(self) -> None:
         """Take leave in the store, so that nobody misses this rank; rank 0 waits for the others, because the store goes with it."""

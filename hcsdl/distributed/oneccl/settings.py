@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hcsdl.distributed.interfaces import interface_towards
-from hcsdl.distributed.oneccl.library import set_defaults
+from hcsdl.distributed.interfaces import use_interface
+from hcsdl.distributed.oneccl_library import set_defaults
 from hcsdl.machine.facts import shared_memory_bytes
 from hcsdl.machine.verdicts import SHARED_MEMORY_MIB
 
@@ -31,7 +31,7 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Place:
+class Whereabouts:
     """Where a rank runs: its host's name, what must be equal for two ranks to share memory, and how much is free of it (-1: there is none)."""
 
     host: str
@@ -39,15 +39,15 @@ class Place:
     free_mib: int
 
     @classmethod
-    def here(cls) -> Place:
-        """Return this process's place: shared memory needs one kernel, one /dev/shm, and process ids that mean the same to both."""
+    def here(cls) -> Whereabouts:
+        """Return this process's whereabouts: shared memory needs one kernel, one /dev/shm, and process ids that mean the same to both."""
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         found = shared_memory_bytes()
         shm, free_mib = (0, -1) if found is None else (os.stat("/dev/shm").st_dev, found[1] >> 20)
         return cls(socket.gethostname(), f"{boot} {shm} {os.readlink('/proc/self/ns/pid')}", free_mib)
 
 
-def before_first_communicator(rank: int, places: Sequence[Place], whole: bool = True) -> None:
+def before_first_communicator(rank: int, places: Sequence[Whereabouts], whole: bool = True) -> None:
     """Tell oneCCL who is on this host and what the ranks may talk over. The library reads it once, so the first group speaks for later ones.
 
     `whole` says that the group has all ranks of the run; where it has not, ranks are counted as the launcher does, if it does.
@@ -58,12 +58,10 @@ def before_first_communicator(rank: int, places: Sequence[Place], whole: bool = 
         local = {"CCL_LOCAL_RANK": os.environ["LOCAL_RANK"], "CCL_LOCAL_SIZE": os.environ["LOCAL_WORLD_SIZE"]}
     set_defaults(local)
     _choose_memory(rank, places)
-    interface = os.environ.get("HCSDL_INTERFACE") or interface_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
-    if interface and (interface != "lo" or len(neighbours) == len(places)):
-        set_defaults({"FI_TCP_IFACE": interface, "CCL_KVS_IFACE": interface})
+    use_interface(None, os.environ.get("MASTER_ADDR", "127.0.0.1"), one_host=len(neighbours) == len(places))
 
 
-def _choose_memory(rank: int, places: Sequence[Place]) -> None:
+def _choose_memory(rank: int, places: Sequence[Whereabouts]) -> None:
     """Let the ranks of a host talk through shared memory: 100 MB in 30 ms instead of 82, measured here. All ranks must do alike.
 
     oneCCL takes ranks with one host name for neighbours, so it is given up where two of one name cannot share it (containers). That, and that there

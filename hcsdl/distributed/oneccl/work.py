@@ -24,11 +24,11 @@ from queue import Empty, SimpleQueue
 import torch
 import torch.distributed as dist
 
+from hcsdl.config import ExitCode
 from hcsdl.distributed import segments
 from hcsdl.distributed.oneccl.api import CclError
 
 log = logging.getLogger(__name__)
-LOST_RANK = 5  # the exit code of a process that lost a peer
 WATCH_S = 0.2  # how often the running work is held against its time-out
 CLOSE_S = 5.0  # what an idle thread has for ending; a guess
 
@@ -168,7 +168,7 @@ class Lane:
             logging.shutdown()
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(LOST_RANK)
+            os._exit(ExitCode.LOST_RANK)
 
     def _call(self) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""Find oneCCL's shared libraries in this Python's own folders and load them, without LD_LIBRARY_PATH.
+"""Find oneCCL's shared libraries in this Python's own folders and load them, without LD_LIBRARY_PATH. No torch.
 
 In: the installed `oneccl` package, or `$CCL_ROOT`. Out: the C API as a `ctypes.CDLL`, loaded once a process. Promised: what the user has set
 in the environment is left as it is; nothing is loaded before the first communicator needs it.
