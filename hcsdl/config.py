@@ -107,14 +107,25 @@ class MachineConfig(Checked):
 
 
 @dataclass
-class PlatesConfig(Checked):
-    """What was imaged: where the plates are, which fields of view to use, and how they are split."""
+class ScreenConfig(Checked):
+    """What was imaged: where the plates are, and which fields of view to use."""
 
     root: Optional[str] = option(None, "folder with the CSV files (plain or .gz) and the images")
     cache: Optional[str] = option(None, "folder for what is computed once (index, measurements, shading); null: <plates.root>/.hcsdl")
     query: Optional[str] = option(None, "pandas expression over the index's columns that selects fields; null: all")
     control: str = option("DMSO", "compound name of the negative control")
     pixel_size_um: Optional[float] = option(None, "edge of a pixel; null: unknown", unit="µm", above=0)
+
+    @classmethod
+    def prefix(cls) -> str:
+        """Return what stands before a field's name in its key."""
+        return "plates."
+
+
+@dataclass
+class PlatesConfig(ScreenConfig):
+    """What was imaged: where the plates are, which fields of view to use, and how they are split."""
+
     split: str = option(
         "random_well", "how fields are parted into train and val; random_field is leaky: sister fields on both sides", choices=SPLITS
     )
@@ -136,7 +147,24 @@ class CheckConfig(Checked):
 
 
 @dataclass
-class DataConfig(Checked):
+class LoadingConfig(Checked):
+    """How fields are read."""
+
+    workers: int = option(2, "loader threads a rank; 0: load in the computing thread", low=0)
+    prefetch: int = option(4, "mini-batches kept ready", low=1)
+    on_bad_image: str = option(
+        "raise", "raise: stop at an unreadable image; skip: leave the field out, count and list it", choices=("raise", "skip")
+    )
+    max_bad_fields: int = option(20, "more unreadable fields than this stop the run, with on_bad_image=skip", unit="fields", low=0)
+
+    @classmethod
+    def prefix(cls) -> str:
+        """Return what stands before a field's name in its key."""
+        return "data."
+
+
+@dataclass
+class DataConfig(LoadingConfig):
     """Index table → mini-batches."""
 
     crop_px: Optional[List[int]] = option(None, "rows and columns of a random (val: centred) crop; null: whole fields", unit="px", low=8)
@@ -156,15 +184,9 @@ class DataConfig(Checked):
         choices=("all", "capped", "balanced"),
     )
     cap: int = option(12, "fields a treatment and pass, with sampling=capped", unit="fields", low=1)
-    workers: int = option(2, "loader threads a rank; 0: load in the training thread", low=0)
-    prefetch: int = option(4, "mini-batches kept ready", low=1)
-    on_bad_image: str = option(
-        "raise", "raise: stop at an unreadable image; skip: leave the field out, count and list it", choices=("raise", "skip")
-    )
     stage: Optional[str] = option(
         None, "folder on the node's own disk; fields are copied there once and read from there; null: read plates.root"
     )
-    max_bad_fields: int = option(20, "more unreadable fields than this stop the run, with on_bad_image=skip", unit="fields", low=0)
 
 
 @dataclass
@@ -267,7 +289,12 @@ class TrainingConfig(Checked):
 class SimulateConfig(Checked):
     """Drawn plates in BBBC021's layout; null fields are taken from the preset."""
 
-    preset: str = option("demo", "tiny: seconds, 128 × 160; demo: full resolution, six MoAs and DMSO", choices=("tiny", "demo"))
+    preset: str = option(
+        "demo",
+        "tiny: seconds, 128 × 160; demo: full resolution, six MoAs and DMSO; bbbc021_like: BBBC021's plate map, ten batches, full resolution; "
+        "bbbc021_reduced: one site of 512 × 640 of it; bbbc021_tiny: three MoAs of it, 128 × 160",
+        choices=("tiny", "demo", "bbbc021_like", "bbbc021_reduced", "bbbc021_tiny"),
+    )
     effect: float = option(1.0, "strength of every compound's phenotype; 0: no compound does anything", low=0, high=10)
     height_px: Optional[int] = option(None, "rows of a field", unit="px", low=32)
     width_px: Optional[int] = option(None, "columns of a field", unit="px", low=32)
@@ -354,6 +381,23 @@ class BenchScaleConfig(BenchConfig):
 
 
 @dataclass
+class EmbedConfig(Checked):
+    """How a network's view of the plates becomes a table."""
+
+    output: Optional[str] = option(
+        None, "the table, a .parquet file; null: <run folder>/embeddings/<name of plates.root>.parquet, other choices added to the name"
+    )
+    by: str = option("field", "a row per field of view, or per well: the mean of its fields", choices=("field", "well"))
+    weights: str = option(
+        "trained",
+        "trained: the checkpoint's; random: drawn from the seed, the baseline that has the same shape and has learned nothing",
+        choices=("trained", "random"),
+    )
+    mini_batch_size: int = option(4, "fields a rank takes at once; the last mini-batch is padded", unit="fields", low=1)
+    save_every_s: float = option(10.0, "time between two saves of what is computed; a killed command goes on from there", unit="s", low=0)
+
+
+@dataclass
 class ScoreConfig(Checked):
     """How profiles are read, normalised and scored."""
 
@@ -377,6 +421,20 @@ class ScoreConfig(Checked):
     folds: bool = option(False, "the tables are the folds of plates.split=compound_folds: merge their held-out compounds")
     draws: int = option(10_000, "draws of compounds for intervals and p-values", low=100, high=1_000_000)
     null_size: int = option(10_000, "random rankings for the p-values of mean average precision", low=100, high=1_000_000)
+
+
+@dataclass
+class ReportConfig(Checked):
+    """What stands in a report, and where it goes."""
+
+    output: Optional[str] = option(None, "folder for report.html and pictures/; null: a new one, reports/<date>_<time>")
+    title: Optional[str] = option(None, "head of the page; null: what the report is of")
+    compound: Optional[str] = option(None, "compound to look at closely; null: the one most worth a look")
+    columns: List[str] = option(
+        [], "columns of the profile table to draw on the plates; empty: nucleus count, and the intensity that differs most"
+    )
+    plates: Optional[str] = option(None, "folder of the plates, for pictures of fields; null: where the run read them")
+    fields: int = option(4, "best and worst fields shown, of each; 0: none", unit="fields", low=0, high=24)
 
 
 @dataclass
@@ -461,10 +519,25 @@ class SweepCommand(Checked):
 
 
 @dataclass
+class EmbedCommand(Command):
+    """Run a trained network over plates: a table of embeddings, class probabilities, intensities and cell counts."""
+
+    checkpoint: Optional[str] = option(None, "run folder, of which the last checkpoint is taken, or a checkpoint file in one")
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    plates: ScreenConfig = field(default_factory=ScreenConfig)
+    data: LoadingConfig = field(default_factory=LoadingConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+
+
+@dataclass
 class ScoreCommand(Command):
     """Score profile tables: mechanisms of action by nearest neighbour, with intervals, baselines and comparisons."""
 
-    profiles: Any = option(None, "profile table, CSV or parquet, or several as [a,b]; the first is compared with the others")
+    profiles: Any = option(
+        None, "profile table, CSV or parquet, or several as [a,b]: the first is compared with the others; random networks are baselines"
+    )
     score: ScoreConfig = field(default_factory=ScoreConfig)
 
     def __post_init__(self) -> None:
@@ -478,13 +551,48 @@ class ScoreCommand(Command):
         return [] if self.profiles is None else list(self.profiles) if isinstance(self.profiles, list) else [self.profiles]
 
 
+@dataclass
+class ReportCommand(Checked):
+    """Write one page to look at: what was trained, how well it tells mechanisms apart, where it fails, what to look at next."""
+
+    run: Any = option(
+        None, "run folder, or several as [a,b]: the first is shown, all are compared; null: the one the scores or profiles are of"
+    )
+    scores: Any = option(None, "folder that `hcsdl score` wrote, or several as [a,b]; the first decides the answers")
+    profiles: Optional[str] = option(None, "profile table of `hcsdl embed`; null: the one that was scored, or lies in the run folder")
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("run", "scores"):
+            given = getattr(self, name)
+            if not all(isinstance(path, str) and path for path in _listed(given)):
+                raise ConfigError(f"{name} must be a folder, or several as [a,b]. Got {given!r} instead.")
+
+    @property
+    def runs(self) -> list[str]:
+        """Return the run folders, whether one or several were given."""
+        return _listed(self.run)
+
+    @property
+    def score_folders(self) -> list[str]:
+        """Return the score folders, whether one or several were given."""
+        return _listed(self.scores)
+
+
+def _listed(value: Any) -> list:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
 COMMANDS = {
     "simulate": SimulateCommand,
     "check": CheckCommand,
     "check machine": CheckMachineCommand,
     "train": TrainCommand,
     "sweep": SweepCommand,
+    "embed": EmbedCommand,
     "score": ScoreCommand,
+    "report": ReportCommand,
     "bench comm": BenchCommCommand,
     "bench scale": BenchScaleCommand,
 }  # the order of `hcsdl --help`; a command of two words lives in conf/<first>_<second>.yaml and commands/<first>_<second>.py

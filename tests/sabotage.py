@@ -210,6 +210,27 @@ FAULTS = [
         "exposed + agreement_s, optimizer_s]", "exposed, optimizer_s]",
         "tests/training/test_step_time.py::test_communication_is_what_passes_take_longer_than_alone_and_the_wait_before",
     ),
+    Fault(
+        "a batch norm's mean is lost when it is folded", "hcsdl/kernels/inference.py",
+        "setattr(parent, before[0], fuse_conv_bn_eval(before[1], child))",
+        "setattr(parent, before[0], fuse_conv_bn_eval(before[1], child) if child.running_mean.zero_() is not None else None)",
+        "tests/kernels/test_inference.py::test_folded_is_the_plain_network",
+    ),
+    Fault(
+        "short mini-batches are not filled up", "hcsdl/training/predict.py",
+        "if missing > 0:", "if missing > len(batch.images):",
+        "tests/training/test_predict.py::test_short_mini_batches_are_filled_up_and_cut_again",
+    ),
+    Fault(
+        "a plate of the same name is taken for the run's own", "hcsdl/commands/embed.py",
+        "    for column in compared:", "    for column in []:",
+        "tests/commands/test_embed.py::test_plates_of_the_same_name_with_other_images_are_not_the_runs",
+    ),
+    Fault(
+        "a well with trained fields is called held out", "hcsdl/training/embeddings.py",
+        'np.where(trained, "train",', 'np.where(~trained, "train",',
+        "tests/training/test_embeddings.py::test_wells_are_the_means_of_their_fields",
+    ),
 ]  # fmt: skip
 
 

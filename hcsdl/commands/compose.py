@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Sequence
 
 from hydra import compose, initialize_config_module
@@ -62,6 +63,26 @@ def to_yaml(config: object) -> str:
 def from_yaml(name: str, text: str) -> object:
     """Return the config object of command `name` that `to_yaml` wrote."""
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(COMMANDS[name]), OmegaConf.create(text)))
+
+
+def to_overrides(config: object, default: object, *, leave_out: Sequence[str] = ()) -> list[str]:
+    """Return the words, quoted for a shell, that make `default` equal to `config` (both of one command), but for the keys in `leave_out`."""
+    given, usual = values(config), values(default)
+    return [shlex.quote(f"{key}={_hydra(value)}") for key, value in given.items() if value != usual[key] and key not in leave_out]
+
+
+def _hydra(value: object) -> str:
+    """Return a value as Hydra's override grammar writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(_hydra, value))}]"
+    if isinstance(value, str) and not (
+        re.fullmatch(r"[A-Za-z_/.][\w/.:-]*", value) and value.lower() not in ("null", "true", "false", "nan", "inf")
+    ):
+        # In quotes a backslash is one, but before a quote it must stand twice, and a quote is escaped by one.
+        return '"' + re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), value) + '"'
+    return str(value)
 
 
 def config_hash(config: object) -> str:

@@ -43,7 +43,10 @@ def _options(name: str) -> str:
     from importlib.resources import files
 
     folders = sorted(p for p in files("hcsdl.conf").iterdir() if p.is_dir() and not p.name.startswith("_"))
-    known = {title for title, _ in _groups(COMMANDS[name])} | ({"experiment"} if name == "train" else set())
+    whole = {
+        title for title, group in _groups(COMMANDS[name]) if group.__name__ == f"{title.capitalize()}Config"
+    }  # not a part of its settings
+    known = whole | ({"experiment"} if name == "train" else set())
     lines = []
     for folder in folders:
         options = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))

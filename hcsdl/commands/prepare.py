@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from hcsdl.config import ConfigError, DataError, PlatesConfig, TrainCommand
+from hcsdl.config import ConfigError, DataError, DistributedConfig, LoadingConfig, ScreenConfig, TrainCommand
 from hcsdl.data.measure import breaks_training, measure_index
 from hcsdl.data.preprocessing import fit_preprocessing
 from hcsdl.data.reading import read_header
@@ -70,10 +70,7 @@ def plan_ranks(config: TrainCommand) -> tuple[Place, ...]:
     the only task of an srun step: a task is a rank, however many there are.
     """
     machine, batch = read_machine(), config.training.global_batch_size
-    ranks = config.distributed.ranks
-    if ranks is None and alone_in_step():
-        log.info("one task of srun is one rank; distributed.ranks=… starts more in it.")
-        ranks = 1
+    ranks = ranks_asked_for(config.distributed)
     if ranks is None:
         mini = config.training.mini_batch_size
         ranks = next(
@@ -86,6 +83,14 @@ def plan_ranks(config: TrainCommand) -> tuple[Place, ...]:
         )
     check_batch(config, ranks)
     return plan_places(machine, ranks, config.machine)
+
+
+def ranks_asked_for(distributed: DistributedConfig) -> int | None:
+    """Return how many ranks the settings ask for here, or the only task of an srun step stands for; None where it is ours to choose."""
+    if distributed.ranks is None and alone_in_step():
+        log.info("one task of srun is one rank; distributed.ranks=… starts more in it.")
+        return 1
+    return distributed.ranks
 
 
 def check_batch(config: TrainCommand, ranks: int) -> None:
@@ -103,7 +108,7 @@ def prepare(config: TrainCommand, folder: RunFolder, resume_from: Path | None) -
     """Do everything that comes before the ranks; write index, preprocessing and plan into the run folder. Raises ConfigError, DataError."""
     everything, index, target = labelled_index(config)
     cache = usable_cache(config.plates, folder)
-    index, features, skipped = measured(config, index, cache)
+    index, features, skipped = measured(config.data, index, cache, "pixels" if config.training.baseline else "files")
     split = split_column(config, index, target)
     index = replace(index, table=index.table.assign(Metadata_Split=split))
     index = index.select(split.notna())
@@ -168,7 +173,7 @@ def labelled_index(config: TrainCommand) -> tuple[Index, Index, str]:
     return index, replace(index, table=index.table.assign(Metadata_Class=classes)).select(labelled), target
 
 
-def usable_cache(config: PlatesConfig, folder: RunFolder) -> Path:
+def usable_cache(config: ScreenConfig, folder: RunFolder) -> Path:
     """Return the folder for what is computed once: the plates' own, or the run folder where that cannot be written."""
     cache = cache_folder(config)
     try:
@@ -182,12 +187,11 @@ def usable_cache(config: PlatesConfig, folder: RunFolder) -> Path:
     return folder.path / "cache"
 
 
-def measured(config: TrainCommand, index: Index, cache: Path) -> tuple[Index, pd.DataFrame, list[str]]:
-    """Look at every image once (pixels with the baseline, else headers; cached). Return what can be used, and the names of skipped fields.
+def measured(config: LoadingConfig, index: Index, cache: Path, level: str) -> tuple[Index, pd.DataFrame, list[str]]:
+    """Look at every image once (its pixels, or with level "files" its header; cached). Return what can be used, and the names of skipped fields.
 
     Raises DataError naming the broken fields, or, with data.on_bad_image=skip, where they are more than data.max_bad_fields.
     """
-    level = "pixels" if config.training.baseline else "files"
     found = measure_index(index, level=level, workers=usable_cores(), cache=cache, progress=True)
     bad = breaks_training(found["QC_Problem"])
     saturated = found["QC_Problem"].notna() & ~bad
@@ -196,13 +200,13 @@ def measured(config: TrainCommand, index: Index, cache: Path) -> tuple[Index, pd
     names = [index.field_name(row) for row in bad.to_numpy().nonzero()[0]]
     sentences = "; ".join(f"{name}: {problem.rstrip('.')}" for name, problem in zip(names[:5], found["QC_Problem"][bad], strict=False))
     more = f" (+{len(names) - 5} more)" if len(names) > 5 else ""
-    if names and config.data.on_bad_image == "raise":
+    if names and config.on_bad_image == "raise":
         raise DataError(
             f"every image must be usable. {len(names)} fields are not: {sentences}{more}. Mend them, or set data.on_bad_image=skip."
         )
-    if len(names) > config.data.max_bad_fields:
+    if len(names) > config.max_bad_fields:
         raise DataError(
-            f"at most data.max_bad_fields={config.data.max_bad_fields} fields may be skipped. {len(names)} are broken: {sentences}{more}."
+            f"at most data.max_bad_fields={config.max_bad_fields} fields may be skipped. {len(names)} are broken: {sentences}{more}."
         )
     if names:
         log.warning("%d broken fields are skipped: %s%s", len(names), sentences, more)

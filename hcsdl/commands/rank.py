@@ -1,6 +1,7 @@
-"""`hcsdl train`, a rank's role: read what the launcher wrote, build everything in order, train, and sum up.
+"""A rank's role in `hcsdl train` and `hcsdl embed`: read what the launcher wrote, build everything in order, work, and sum up.
 
-In: a run folder with `config.yaml`, `plan.json` and `index.parquet`. Out: an exit code; weights, checkpoints, journal and summary by rank 0.
+In: a folder with `config.yaml`, `plan.json` and `index.parquet`. Out: an exit code; of a training weights, checkpoints, journal and summary, of an
+embedding its table, by rank 0.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from hcsdl.config import ExitCode, TrainCommand
+from hcsdl.config import EmbedCommand, ExitCode, MachineConfig, TrainCommand
 from hcsdl.distributed.heartbeat import take_leave
 from hcsdl.distributed.identity import Identity, launcher_process, who_am_i
 from hcsdl.distributed.launcher import STOP_SIGNALS
@@ -20,6 +21,7 @@ from hcsdl.distributed.segments import remove_own
 from hcsdl.machine.binding import affinity_kept
 from hcsdl.machine.memory import keep_freed_memory
 from hcsdl.machine.process import die_with_parent, forgive_standard_streams
+from hcsdl.training.embeddings import WorkFolder
 from hcsdl.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -27,31 +29,31 @@ TOGETHER = (ExitCode.NON_FINITE_LOSS, ExitCode.STOPPED)  # with these all ranks 
 
 
 def main() -> int:
-    """Be one rank, started by the launcher with the run folder as the only argument."""
+    """Be one rank, started by the launcher with the folder and the command as arguments."""
     forgive_standard_streams()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return run_rank(Path(sys.argv[1]), who_am_i())
+    return run_rank(Path(sys.argv[1]), who_am_i(), *sys.argv[2:])
 
 
-def run_rank(path: Path, identity: Identity) -> int:
-    """Train as the rank this process is; return the exit code. Every expected failure is one line."""
+def run_rank(path: Path, identity: Identity, command: str = "train") -> int:
+    """Do `command`'s work as the rank this process is; return the exit code. Every expected failure is one line."""
     die_with_parent(launcher_process())
     stop = StopFlag()
-    folder = RunFolder(path)
+    folder, work = WORK[command][0](path), WORK[command][1]
     folder.join()
     if identity.rank == 0 or identity.launcher != "own":  # our launcher has sent the other ranks' output there
         _log_into(folder.logs / f"rank{identity.rank}.log")
     try:
-        _train(identity, folder, stop)
+        work(identity, folder, stop)
     except Exception as error:
         code = getattr(error, "exit_code", ExitCode.FAILED)
         if code == ExitCode.FAILED and not isinstance(error, OSError):
             log.exception("rank %d of %d failed", identity.rank, identity.world_size)
         elif identity.rank == 0 or code not in (ExitCode.BAD_CONFIG, *TOGETHER):  # what every rank would say alike, rank 0 says
             log.error("hcsdl: %s", error)
-        in_vain = code in (ExitCode.BAD_CONFIG, ExitCode.BAD_DATA, ExitCode.LOST_RANK) and not any(folder.checkpoints.iterdir())
+        in_vain = code in (ExitCode.BAD_CONFIG, ExitCode.BAD_DATA, ExitCode.LOST_RANK) and not folder.last_saved()
         if in_vain and identity.rank == 0 and identity.launcher != "own":
-            folder.config.unlink(missing_ok=True)  # nothing was trained: the corrected command may use the folder
+            folder.config.unlink(missing_ok=True)  # nothing was done: the corrected command may use the folder
         take_leave("" if code in TOGETHER else f"{error}" or type(error).__name__)
         _leave(code)
     _leave(ExitCode.DONE)
@@ -95,8 +97,7 @@ def _train(identity: Identity, folder: RunFolder, stop: StopFlag) -> None:
 
     begun = time.monotonic()
     config: TrainCommand = from_yaml("train", folder.config.read_text(encoding="utf-8"))  # type: ignore[assignment]
-    allocator = "glibc, freed memory kept" if config.machine.allocator == "keep" and keep_freed_memory() else "system"
-
+    allocator = _allocator(config.machine)
     with affinity_kept():
         from hcsdl.commands.run import Run  # torch is first imported here, after the allocator and the threads are set
 
@@ -107,6 +108,24 @@ def _train(identity: Identity, folder: RunFolder, stop: StopFlag) -> None:
     finally:
         run.journal.close()
     run.group.close()
+
+
+def _embed(identity: Identity, folder: WorkFolder, stop: StopFlag) -> None:
+    from hcsdl.commands.compose import from_yaml
+
+    config: EmbedCommand = from_yaml("embed", folder.config.read_text(encoding="utf-8"))  # type: ignore[assignment]
+    allocator = _allocator(config.machine)
+    with affinity_kept():
+        from hcsdl.commands.embed_fields import embed_fields  # torch is first imported here, as above
+
+    embed_fields(config, folder, identity, stop, allocator)
+
+
+def _allocator(config: MachineConfig) -> str:
+    return "glibc, freed memory kept" if config.allocator == "keep" and keep_freed_memory() else "system"
+
+
+WORK = {"train": (RunFolder, _train), "embed": (WorkFolder, _embed)}
 
 
 if __name__ == "__main__":

@@ -14,14 +14,26 @@ import pandas as pd
 
 from hcsdl.config import ConfigError, DataError, ScoreCommand
 from hcsdl.plates.splits import count_folds
+from hcsdl.profiles.comparison import compare
 from hcsdl.profiles.predictions import find_target, merge_folds, predict
 from hcsdl.profiles.provenance import MARKS, Leak, Provenance, find_provenance, leak
-from hcsdl.profiles.scoring import Settings, TableScores, compare, moa_tables, prediction_figures, score_table, treatment_table
-from hcsdl.profiles.tables import CELLPROFILER, SIMPLE, ProfileTable, read_profiles
+from hcsdl.profiles.scoring import (
+    RANDOM,
+    Settings,
+    TableScores,
+    add_random_baselines,
+    moa_tables,
+    prediction_figures,
+    score_table,
+    treatment_table,
+)
+from hcsdl.profiles.tables import CELLPROFILER, SIMPLE, ProfileTable, is_scored, read_profiles
 from hcsdl.profiles.text import format_comparisons, format_folds, format_table
 from hcsdl.training.run_folder import write_json
 
 SCHEMA_VERSION = 1
+BEST = "The checkpoint is best.pt, chosen by its accuracy on held-out fields: these scores are not of an epoch fixed beforehand."
+NO_RANDOM = "No random-network baseline: hcsdl embed checkpoint={run} embed.weights=random, on the same plates, makes its table; give it with this one."
 
 
 def run(config: ScoreCommand) -> int:
@@ -49,7 +61,14 @@ def run(config: ScoreCommand) -> int:
     provenances = [find_provenance(path) for path in paths]
     names = table_names(paths, config.score.names, provenances)
     folder = _make_folder(config.score.output)
-    result = {"schema_version": SCHEMA_VERSION, "settings": asdict(settings), "tables": [], "comparisons": [], "spreads": []}
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "settings": asdict(settings),
+        "tables": [],
+        "baseline_tables": [],
+        "comparisons": [],
+        "spreads": [],
+    }
     if config.score.folds:
         tables = [_read(path, config) for path in paths]
         result["folds"] = _merge(names, tables, provenances, settings)
@@ -64,7 +83,7 @@ def run(config: ScoreCommand) -> int:
 
 
 def table_names(paths: list[Path], given: list[str], provenances: list[Provenance | None]) -> list[str]:
-    """Return a name for each table: as given, else its run folder's, else its file's, with what tells them apart.
+    """Return a name for each table: as given, else its run folder's (a random network's seed), else its file's, with what tells them apart.
 
     Raises ConfigError where as many names must be given as tables and are not.
     """
@@ -72,8 +91,13 @@ def table_names(paths: list[Path], given: list[str], provenances: list[Provenanc
         raise ConfigError(f"score.names must name each of the {len(paths)} tables. Got {len(given)} names instead.")
     if given:
         return [name if given.count(name) == 1 else f"{name} ({given[: i + 1].count(name)})" for i, name in enumerate(given)]
-    names = [p.run.name if p else path.name.removesuffix(".gz").rpartition(".")[0] for path, p in zip(paths, provenances, strict=True)]
-    return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+    stems = [path.name.removesuffix(".gz").rpartition(".")[0] for path in paths]
+    short = [
+        stem if p is None else p.run.name if p.trained else f"{RANDOM} (seed {p.seed})" for stem, p in zip(stems, provenances, strict=True)
+    ]
+    longer = [f"{p.run.name}/{stem}" if p else stem for stem, p in zip(stems, provenances, strict=True)]
+    choices = zip(short, longer, map(str, paths), strict=True)
+    return [a if short.count(a) == 1 else b if longer.count(b) == 1 else c for a, b, c in choices]
 
 
 def _read(path: Path, config: ScoreCommand) -> ProfileTable:
@@ -90,22 +114,34 @@ def _score_all(
     result: dict,
     folder: Path,
 ) -> None:
-    """Score table after table, then compare; one table's features are in memory at a time."""
+    """Score table after table, then compare; one table's features are in memory at a time. Random networks come first, and are printed last."""
+    untrained = [p is not None and not p.trained for p in provenances]
+    if all(untrained):
+        untrained = [False] * len(paths)  # nothing to stand beside
     scored: list[TableScores] = []
+    random: list[TableScores] = []
     marks: dict[str, str] = {}
-    for number, (name, path, provenance) in enumerate(zip(names, paths, provenances, strict=True)):
-        table = _read(path, config)
-        scores = score_table(name, table, settings)
-        scores.method = config.score.names[number] if config.score.names else provenance.method if provenance else name
-        learned = not all(feature.startswith((*CELLPROFILER, *SIMPLE)) for feature in table.wells.names)
-        compounds = scores.main.treatments.profiles.meta["Metadata_Compound"] if scores.main else table.wells.meta["Metadata_Compound"]
-        known = leak(provenance, set(compounds) - {settings.control}, learned=learned)
-        del table
-        print(format_table(scores, known), end="\n\n")
-        result["tables"].append(_plain(scores, path, provenance, known))
-        marks[name] = known.mark
-        scored.append(scores)
+    held_back = ""
+    for number in sorted(range(len(paths)), key=lambda number: not untrained[number]):
+        scores, known = _score_one(names[number], paths[number], provenances[number], config, settings)
+        scores.method = (
+            config.score.names[number] if config.score.names else provenances[number].method if provenances[number] else scores.name
+        )
+        if untrained[number]:
+            scores.method = f"baseline: {RANDOM}"
+        else:
+            _put_beside(scores, random, provenances[number])
+        text = format_table(scores, known) + "\n\n"
+        if untrained[number]:
+            held_back += text
+        else:
+            print(text, end="", flush=True)
+        result["baseline_tables" if untrained[number] else "tables"].append(_plain(scores, paths[number], provenances[number], known))
+        marks[scores.name] = known.mark
+        (random if untrained[number] else scored).append(scores)
+    print(held_back, end="")
     _name_methods(scored, given=bool(config.score.names))
+    scored += random
     for method in {scores.method for scores in scored}:  # the worst of its runs
         of_runs = {marks[scores.name] for scores in scored if scores.method == method}
         marks[method] = next((mark for mark in MARKS if mark in of_runs), "")
@@ -118,6 +154,24 @@ def _score_all(
     if text:
         print(text)
     _save_tables(scored, marks, folder)
+
+
+def _score_one(name: str, path: Path, provenance: Provenance | None, config: ScoreCommand, settings: Settings) -> tuple[TableScores, Leak]:
+    """Return a table's scores, and whether its network saw the answers."""
+    table = _read(path, config)
+    scores = score_table(name, table, settings)
+    learned = not all(feature.startswith((*CELLPROFILER, *SIMPLE)) for feature in table.wells.names)
+    compounds = scores.main.treatments.profiles.meta["Metadata_Compound"] if scores.main else table.wells.meta["Metadata_Compound"]
+    return scores, leak(provenance, set(compounds) - {settings.control}, learned=learned)
+
+
+def _put_beside(scores: TableScores, random: list[TableScores], provenance: Provenance | None) -> None:
+    """Put the random networks beside a table's scores, and say what a reader of them must know."""
+    add_random_baselines(scores, random)
+    if provenance and provenance.best:
+        scores.notes.append(BEST)
+    if scores.main and provenance and provenance.trained and not random:
+        scores.notes.append(NO_RANDOM.format(run=provenance.run))
 
 
 def _name_methods(scored: list[TableScores], given: bool) -> None:
@@ -143,8 +197,11 @@ def _plain(scores: TableScores, path: Path, provenance: Provenance | None, known
         "leak": asdict(known) | {"mark": known.mark},
         **scores.figures,
         "by_moa": by_moa,
-        "ladder": scores.ladder.astype(object).where(scores.ladder.notna(), None).to_dict("records"),
-        "predictions": scores.predictions,
+        "ladder": scores.ladder.assign(leak=known.mark)
+        .astype(object)
+        .where(scores.ladder.notna().assign(leak=True), None)
+        .to_dict("records"),
+        "predictions": [one | {"leak": known.mark} for one in scores.predictions],
         "notes": scores.notes,
     }
 
@@ -191,14 +248,28 @@ def _merge(names: list[str], tables: list[ProfileTable], provenances: list[Prove
         missing = sorted(set(range(expected)) - set(given))
         raise DataError(f"Every fold must be given. Of {expected}, plates.fold={', '.join(map(str, missing))} is missing.")
     rows, probabilities = merge_folds([(n, t.rows, t.probabilities) for n, t in zip(names, tables, strict=True)], settings.control)
+    known = _leak_of_folds(names, tables, provenances, settings.control)
     target = find_target(rows, list(probabilities.columns), settings.target)
     predicted, left_out = predict(rows, probabilities, target)
-    figures = [prediction_figures(one, "compound_folds", target, settings) for one in predicted.values()]
-    print(format_folds(figures, ""))
+    figures = [prediction_figures(one, "compound_folds", target, settings) | {"leak": known.mark} for one in predicted.values()]
+    print(format_folds(figures, f"  [{known.mark}]" if known.mark else ""))
     print(
-        f"  {len(tables)} folds, {rows['Metadata_Compound'].nunique()} compounds, each held out once; {left_out} rows without a class left out"
+        f"  {len(tables)} folds, {rows['Metadata_Compound'].nunique()} compounds, each held out once; {left_out} rows without a class left out\n"
+        f"  leakage: {known.sentence}"
     )
-    return {"tables": names, "figures": figures, "rows_left_out": left_out}
+    return {"tables": names, "leak": asdict(known) | {"mark": known.mark}, "figures": figures, "rows_left_out": left_out}
+
+
+def _leak_of_folds(names: list[str], tables: list[ProfileTable], provenances: list[Provenance | None], control: str) -> Leak:
+    """Return whether a fold's network was trained on what it holds out. Raises DataError where one was, whatever its table says."""
+    unknown = None
+    for name, table, provenance in zip(names, tables, provenances, strict=True):
+        held = set(table.rows["Metadata_Compound"][is_scored(table.rows, control) & (table.rows["Metadata_Split"] == "val").to_numpy()])
+        known = leak(provenance, held, learned=True)
+        if known.kind in ("moa", "compounds"):
+            raise DataError(f"A fold's network must not have seen what it holds out. {name}: {known.sentence}")
+        unknown = known if known.kind == "unknown" else unknown
+    return unknown or Leak("none", "Every fold's run trained on none of the compounds it is scored on.")
 
 
 def _make_folder(output: str | None) -> Path:

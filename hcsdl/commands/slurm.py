@@ -1,7 +1,8 @@
-"""What slurm/train.sbatch and slurm/sweep.sbatch run: one training over a Slurm job's nodes, in one run folder, however often the job restarts.
+"""What slurm/train.sbatch, slurm/sweep.sbatch and slurm/embed.sbatch run: one command over a Slurm job's nodes, in one folder, however often the job
+restarts.
 
-In: the words of `hcsdl train`, after `-m` those of a sweep of which an array's element runs its own combination. Out: an exit code, and the job back in
-the queue where it was stopped or lost a rank and going on makes sense.
+In: the words of `hcsdl train`, after `-m` those of a sweep of which an array's element runs its own combination, after `embed` those of `hcsdl embed`.
+Out: an exit code, and the job back in the queue where it was stopped or lost a rank and going on makes sense.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hcsdl.commands.compose import compose_command
+from hcsdl.commands.embed import work_folder
 from hcsdl.config import ConfigError, ExitCode
 from hcsdl.distributed.launcher import FRUITLESS, RESTARTED
 from hcsdl.distributed.slurm import Job, batch_job, requeue, run_tasks
@@ -34,6 +36,8 @@ def main() -> int:
 
             return run_element(words[1:])
         job = batch_job()
+        if words[:1] == ["embed"]:
+            return over_tasks(job, words, work_folder(compose_command("embed", words[1:])))[0]  # type: ignore[arg-type]
         config = compose_command("train", words)
         folder = RunFolder(config.run_dir or f"runs/{job.name}_{config.name}")  # type: ignore[attr-defined]
         return train(job, words, folder)[0]
@@ -43,11 +47,16 @@ def main() -> int:
 
 
 def train(job: Job, words: Sequence[str], folder: RunFolder) -> tuple[int, bool]:
-    """Run `hcsdl train` with `words` on every task of the job, in `folder`; return the exit code and whether the job was sent back into the queue."""
-    before, last_start = folder.last_saved(), folder.path / LAST_START
-    log.info("job %s, start %d, run folder %s", job.name, job.restarts + 1, folder.path)
+    """Run `hcsdl train` with `words` in `folder`, as `over_tasks` does."""
     quoted = str(folder.path).replace("'", "\\'")
-    code = run_tasks([sys.executable, "-m", "hcsdl", "train", *words, f"run_dir='{quoted}'"])
+    return over_tasks(job, ["train", *words, f"run_dir='{quoted}'"], folder)
+
+
+def over_tasks(job: Job, command: Sequence[str], folder: RunFolder) -> tuple[int, bool]:
+    """Run `hcsdl command…`, which works in `folder`, on every task of the job; return the exit code and whether the job went back into the queue."""
+    before, last_start = folder.last_saved(), folder.path / LAST_START
+    log.info("job %s, start %d, %s %s", job.name, job.restarts + 1, folder.kind, folder.path)
+    code = run_tasks([sys.executable, "-m", "hcsdl", *command])
     if folder.last_saved() > before:
         write_json(last_start, {"job": job.number, "restarts": job.restarts})
     again = goes_on(code, fruitless_starts(job, last_start)) and requeue(job)

@@ -1,7 +1,6 @@
-"""`hcsdl train`, the launcher's role: compose, prepare, start the ranks, report.
+"""`hcsdl train`, the launcher's role: the run folder, whether there is something left to do in it, and what is prepared.
 
-In: a validated `TrainCommand`. Out: an exit code and a run folder. Under torchrun every process is a rank: rank 0 plays this role first and
-hands the others the run folder through the rendezvous store.
+In: a validated `TrainCommand`. Out: an exit code and a run folder. The ranks are started, or joined, by `hcsdl.commands.launch`.
 """
 
 from __future__ import annotations
@@ -13,15 +12,12 @@ import shutil
 from datetime import datetime
 from pathlib import Path
 
-from hcsdl.commands.compose import from_yaml, to_yaml, value_of, values
+from hcsdl.commands.compose import from_yaml, to_yaml, value_of
+from hcsdl.commands.launch import Job, run_job
 from hcsdl.commands.prepare import check_batch, plan_ranks, prepare
-from hcsdl.config import ConfigError, ExitCode, TrainCommand
-from hcsdl.distributed.identity import Identity, export_identity, unused_nodes, who_am_i
-from hcsdl.distributed.launcher import Forwarder, Stop, start_ranks, supervise
+from hcsdl.config import ConfigError, TrainCommand
 from hcsdl.distributed.slurm import this_job
-from hcsdl.machine.binding import affinity_kept, on_cpus, own_place, take_place
 from hcsdl.training.run_folder import RunFolder, write_atomically
-from hcsdl.training.summary import versions
 
 log = logging.getLogger(__name__)
 
@@ -38,67 +34,19 @@ MAY_CHANGE = {
 
 def run(config: TrainCommand) -> int:
     """Train, from the beginning or from where the run folder stands; return the exit code."""
-    identity = who_am_i()
-    if identity.launcher not in ("alone", "own"):
-        return _run_as_rank(config, identity)
     if config.plates.root is None:
         raise ConfigError("plates.root must be given: the folder with the CSV files and the images. Got null instead.")
-    if unused_nodes():
-        log.warning("%d of this job's nodes stay idle: start the ranks of all nodes with srun, see slurm/train.sbatch.", unused_nodes())
-    with Forwarder() as forwarder:
-        places = plan_ranks(config)
-        folder = open_run_folder(config)
-        try:
-            if finished(folder, config):
-                return ExitCode.DONE
-            prepare_run(config, folder)
-            ranks, threads = len(places), places[0].threads
-            log.info("run folder %s: %d rank%s × %d thread%s", folder.path, ranks, "s" * (ranks > 1), threads, "s" * (threads > 1))
-            code, sentence = supervise(
-                lambda: start_ranks(["-m", "hcsdl.commands.rank", str(folder.path)], places, folder.logs),
-                forwarder,
-                config.distributed.max_restarts,
-                config.distributed.silence_s,
-                saved=folder.last_saved,
-                renew=folder.renew,
-            )
-            if code in (ExitCode.BAD_CONFIG, ExitCode.BAD_DATA) and not any(folder.checkpoints.iterdir()):
-                folder.config.unlink()  # nothing was trained: the corrected command may use the folder
-        except Stop as signal:
-            raise Stop(f"stopped by {signal} before the first step: start the same command again.") from signal
-        finally:
-            folder.release()
-    if sentence:
-        log.error("hcsdl: %s", sentence)
-    return code
-
-
-def _run_as_rank(config: TrainCommand, identity: Identity) -> int:
-    export_identity(identity)
-    place = own_place(identity.local_rank, identity.local_world_size, config.machine, identity.launcher)
-    log.info("%s: %s", identity, place)
-    all_cpus = take_place(place)
-    with affinity_kept():
-        from hcsdl.distributed.handout import hand_out  # imports torch
-
-    from hcsdl.commands.rank import run_rank
-
-    def compose_once() -> str:
-        check_batch(config, identity.world_size)
-        folder = open_run_folder(config)  # its lock is held as long as this process lives
-        if finished(folder, config):
-            return json.dumps({"finished": True})
-        with on_cpus(all_cpus):
-            prepare_run(config, folder)
-        return json.dumps({"run_dir": str(folder.path.absolute())})
-
-    asked = values(config) | {f"the version of {name}": text for name, text in versions().items()}
-    try:
-        with Forwarder():  # which has nobody to pass a signal on to: it raises Stop
-            told = json.loads(hand_out(identity, asked, compose_once, config.distributed.timeout_s, config.distributed.silence_s))
-    except Stop as signal:
-        raise Stop(f"stopped by {signal} before the first step: start the same command again.") from signal
-    return ExitCode.DONE if told.get("finished") else run_rank(Path(told["run_dir"]), identity)
+    return run_job(
+        Job(
+            "train",
+            config,
+            places=lambda: plan_ranks(config),
+            check=lambda ranks: check_batch(config, ranks),
+            open=lambda: open_run_folder(config),
+            finished=lambda folder: finished(folder, config),
+            prepare=lambda folder: prepare_run(config, folder),
+        )
+    )
 
 
 def open_run_folder(config: TrainCommand) -> RunFolder:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -240,6 +240,17 @@ def extend(preprocessing: Preprocessing, index: Index, progress: bool, workers: 
     if not plates or (preprocessing.illumination == "none" and preprocessing.intensity == "none"):
         return preprocessing
     return _fit(preprocessing, index, plates, progress, workers, skip)
+
+
+def set_aside(preprocessing: Preprocessing, plates: Collection[str]) -> Preprocessing:
+    """Return `preprocessing` with `plates` under other names, so that `extend` fits other plates of the same names; all values stay."""
+
+    def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"{name} (another of this name)" if name in plates else name for name in names)
+
+    return dataclasses.replace(
+        preprocessing, plates=renamed(preprocessing.plates), plates_without_control=renamed(preprocessing.plates_without_control)
+    )
 
 
 def _unfitted(index: Index, config: DataConfig, control: str) -> Preprocessing:

@@ -1,6 +1,6 @@
 """Folders and CSV files in BBBC021's layout → one index table, a row per field of view.
 
-In: `PlatesConfig`, whose root holds `*_image.csv`, `*_moa.csv` and (optional) `*_compound.csv`, plain or `.gz`, and the images.
+In: `ScreenConfig`, whose root holds `*_image.csv`, `*_moa.csv` and (optional) `*_compound.csv`, plain or `.gz`, and the images.
 Out: an `Index`: the table (`Metadata_*` and `Path_*` columns, sorted by plate, well and site), its channels, its content hash.
 Promised: the same screen gives the same table and hash wherever and in whichever folder layout it lies; a field never occurs
 twice; every image of an index read with `files=True` is on disk; nothing is dropped silently (`Index.notes`).
@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from hcsdl.config import ConfigError, DataError, PlatesConfig
+from hcsdl.config import ConfigError, DataError, ScreenConfig
 from hcsdl.plates.tables import KEYS, read_table
 
 SCHEMA_VERSION = 1
@@ -109,7 +109,7 @@ def content_hash(table: pd.DataFrame, channels: tuple[str, ...]) -> str:
     return hashlib.sha256(content.to_csv(index=False, lineterminator="\n").encode()).hexdigest()[:16]
 
 
-def read_index(config: PlatesConfig, *, moa: bool = True, files: bool = True) -> Index:
+def read_index(config: ScreenConfig, *, moa: bool = True, files: bool = True) -> Index:
     """Read a screen.
 
     Parameters
@@ -143,7 +143,7 @@ def read_index(config: PlatesConfig, *, moa: bool = True, files: bool = True) ->
     return index
 
 
-def root_folder(config: PlatesConfig) -> Path:
+def root_folder(config: ScreenConfig) -> Path:
     """Return plates.root, which must be an existing folder."""
     if config.root is None:
         raise ConfigError("plates.root must be given: the folder with the CSV files and the images. Got null instead.")
@@ -153,7 +153,7 @@ def root_folder(config: PlatesConfig) -> Path:
     return root
 
 
-def cache_folder(config: PlatesConfig) -> Path:
+def cache_folder(config: ScreenConfig) -> Path:
     """Return the folder for what is computed once: plates.cache, or `.hcsdl` in plates.root; it need not exist."""
     return Path(config.cache).expanduser() if config.cache is not None else root_folder(config) / ".hcsdl"
 
@@ -234,7 +234,7 @@ def _missing_words(index: Index, missing: np.ndarray) -> str:
     )
 
 
-def _queried(table: pd.DataFrame, config: PlatesConfig) -> np.ndarray:
+def _queried(table: pd.DataFrame, config: ScreenConfig) -> np.ndarray:
     """Return a mask (rows,), bool, of the fields that plates.query keeps."""
     query = str(config.query)
     if any(word in query for word in ("QC_", "Intensity_", "Count_")):
@@ -255,7 +255,7 @@ def _queried(table: pd.DataFrame, config: PlatesConfig) -> np.ndarray:
     return mask.to_numpy()
 
 
-def _with_measurements(table: pd.DataFrame, config: PlatesConfig) -> pd.DataFrame:
+def _with_measurements(table: pd.DataFrame, config: ScreenConfig) -> pd.DataFrame:
     """Return the table with the columns that `hcsdl check check.level=pixels` measured and left in the cache."""
     path = cache_folder(config) / "index.parquet"
     advice = f"plates.query={config.query!r} asks for measurements: run `hcsdl check check.level=pixels` on all fields first."

@@ -14,7 +14,10 @@ from hcsdl.profiles.treatments import Treatments, unit_rows
 
 TIE = 1e-9
 """Cosines closer than this are ties: far above rounding (about 1e-15), far below any difference between real treatments. A guess."""
-BLOCK = 1024  # treatments whose similarities to all others are held at a time; a guess
+BLOCK = (
+    256  # treatments whose similarities to all others are held at a time: small enough to stay in the cache of 32 MiB at 28,000 treatments
+)
+PAIRS = 2**14  # pairs whose cosines are taken anew in double precision at a time; a guess
 
 
 @dataclass(frozen=True)
@@ -45,37 +48,57 @@ def nearest_neighbours(treatments: Treatments) -> dict[str, NearestNeighbours]:
 
     As Ljosa 2013 (J. Biomol. Screen. 18:1321) and Ando 2017 (doi:10.1101/161422) define them: NSC leaves out as neighbours the treatments of the
     same compound; NSCB also those that share a batch, which two treatments do when their sets of batches meet. A treatment is scored if its
-    mechanism occurs among the neighbours it may have; on BBBC021 these are 103 and 92.
+    mechanism occurs among the neighbours it may have; the others stay as neighbours. On BBBC021 103 and 92 are scored.
 
     A treatment that occurs in every batch, as a positive control does (taxol 0.3 of BBBC021), would share one with all others and have no neighbour.
     Its profile is no single batch's, so it may be compared with all that do not occur in every batch, and is itself nobody's neighbour. Without this
-    BBBC021 would have 91, not the published 92.
+    BBBC021 would have 91, not the published 92: published programs count 92 by giving that treatment one batch label of its own (Cross-Zamirski 2022
+    the median of its batches' numbers), which lets it be the neighbour of treatments whose batch it was in; here it may not.
 
     A treatment of zeros is alike to nothing: its cosine with every other is 0.
     """
     moas = treatments.moas
     units = unit_rows(treatments.profiles.values)
-    rules = ["NSC"] if treatments.in_batch is None else ["NSC", "NSCB"]
+    rough = units.astype(np.float32)
     size = len(treatments)
+    rules = ["NSC"] if treatments.in_batch is None else ["NSC", "NSCB"]
     found = {rule: (np.full(size, -1), np.full(size, np.nan), np.zeros(size, dtype=bool)) for rule in rules}
     same_compound, same_moa = _members(treatments.compounds), _members(moas)
     for start in range(0, size, BLOCK):
         rows = np.arange(start, min(start + BLOCK, size))
-        similarity = units[rows] @ units.T
+        similarity = rough[rows] @ rough.T
         for place, row in enumerate(rows):
             similarity[place, same_compound[row]] = -np.inf
         for rule in rules:
             if rule == "NSCB":
-                _exclude_shared_batches(similarity, treatments.in_batch, rows)
+                _exclude_shared_batches(similarity, treatments, rows)
             neighbour, cosine, scored = found[rule]
-            scored[rows] = [similarity[place, same_moa[row]].max() > -np.inf for place, row in enumerate(rows)]
-            best = similarity.max(axis=1, keepdims=True)
-            neighbour[rows] = np.where(scored[rows], (similarity >= best - TIE).argmax(axis=1), -1)
-            cosine[rows] = np.where(scored[rows], best[:, 0], np.nan)
+            scored[rows] = [(similarity[place, same_moa[row]] > -np.inf).any() for place, row in enumerate(rows)]
+            asked = rows[scored[rows]]
+            neighbour[asked], cosine[asked] = _nearest(similarity, units, rows, scored[rows])
     return {
         rule: NearestNeighbours(neighbour, cosine, scored, np.where(scored, (moas[neighbour] == moas).astype(float), np.nan))
         for rule, (neighbour, cosine, scored) in found.items()
     }
+
+
+def _nearest(similarity: np.ndarray, units: np.ndarray, rows: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the nearest allowed treatment of each of `rows` (R,) that is `asked` for (a mask), the first by name of those that tie, and its cosine.
+
+    The cosines (R, T) given are in single precision, −inf where not allowed, and only choose who may be nearest: their error is below half the margin
+    (each product of F terms of unit rows is off by at most F roundings; Higham 2002, §3.1). Who is, is decided in double precision.
+    """
+    margin = (units.shape[1] + 4) * np.finfo(np.float32).eps
+    least = np.where(asked, similarity.max(axis=1) - margin, np.inf).astype(np.float32)
+    place, other = np.divmod(np.flatnonzero(similarity >= least[:, None]), len(units))  # many times as fast as nonzero of two dimensions
+    cosine = np.empty(len(place))
+    for start in range(0, len(place), PAIRS):
+        pairs = slice(start, start + PAIRS)
+        cosine[pairs] = np.einsum("pf,pf->p", units[rows[place[pairs]]], units[other[pairs]])
+    rank = np.cumsum(asked)[place] - 1  # of a pair's row among those asked for
+    best = np.maximum.reduceat(cosine, np.searchsorted(rank, np.arange(asked.sum()))) if len(place) else np.empty(0)
+    tied = np.flatnonzero(cosine >= best[rank] - TIE)
+    return other[tied[np.searchsorted(rank[tied], np.arange(len(best)))]], best
 
 
 def _members(codes: np.ndarray) -> list[np.ndarray]:
@@ -84,13 +107,14 @@ def _members(codes: np.ndarray) -> list[np.ndarray]:
     return [groups[code] for code in codes]
 
 
-def _exclude_shared_batches(similarity: np.ndarray, in_batch: np.ndarray, rows: np.ndarray) -> None:
+def _exclude_shared_batches(similarity: np.ndarray, treatments: Treatments, rows: np.ndarray) -> None:
     """Set to −inf, in place, what treatments `rows` have with those they share a batch with; one in every batch shares with those alike alone."""
-    everywhere = in_batch.all(axis=1) & (in_batch.shape[1] > 1)
-    patterns, which = np.unique(in_batch[rows], axis=0, return_inverse=True)
+    everywhere = treatments.everywhere
+    patterns, which = np.unique(treatments.in_batch[rows], axis=0, return_inverse=True)
     for number, pattern in enumerate(patterns):
-        shares = everywhere if pattern.all() and len(pattern) > 1 else in_batch[:, pattern].any(axis=1)
-        similarity[np.ix_(which == number, shares)] = -np.inf
+        mine = which == number
+        shares = everywhere if everywhere[rows[mine][0]] else treatments.in_batch[:, pattern].any(axis=1)
+        similarity[np.ix_(mine, shares)] = -np.inf
 
 
 def per_moa(treatments: Treatments, nearest: NearestNeighbours) -> pd.DataFrame:

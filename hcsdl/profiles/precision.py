@@ -9,6 +9,8 @@ among those ranked up to there. A tie counts against the query, where copairs co
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 
@@ -23,8 +25,12 @@ LEAST_TO_COUNT = 0.05  # corrected p-value up to which a group counts as found, 
 
 def average_precision(positive: np.ndarray, negative: np.ndarray) -> float:
     """Return the average precision of ranking `positive` (M,) similarities among `negative` (N,) ones; ties put the negative first."""
-    positive = np.sort(positive)[::-1]
-    ahead = len(negative) - np.searchsorted(np.sort(negative), positive, side="left")
+    return _of_sorted(np.sort(positive)[::-1], np.sort(negative))
+
+
+def _of_sorted(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Return the average precision of `positive` similarities, falling, among `negative` ones, rising."""
+    ahead = len(negative) - np.searchsorted(negative, positive, side="left")
     number = np.arange(1, len(positive) + 1)
     return float((number / (number + ahead)).mean())
 
@@ -69,9 +75,11 @@ def replicate_precision(wells: Profiles, control: str, *, null_size: int = NULL_
         for start in range(0, len(members), BLOCK):
             queries = members[start : start + BLOCK]
             similarity = units[queries] @ units[members].T
-            for place, query in enumerate(queries):
+            similarity[np.arange(len(queries)), np.arange(start, start + len(queries))] = -np.inf  # a well is no partner of itself
+            similarity = np.sort(similarity, axis=1)[:, :0:-1]
+            for positive, query in zip(similarity, queries, strict=True):
                 if len(against[query]):
-                    ap = average_precision(np.delete(similarity[place], start + place), against[query])
+                    ap = _of_sorted(positive, against[query])
                     rows.append((codes[query], ap, len(members) - 1, len(members) - 1 + len(against[query])))
     table = _grouped(rows, null_size, seed)
     table.insert(0, "Metadata_Treatment", treatments[table.pop("group").to_numpy(dtype=int)])
@@ -79,11 +87,11 @@ def replicate_precision(wells: Profiles, control: str, *, null_size: int = NULL_
 
 
 def _to_controls(units: np.ndarray, plates: np.ndarray, is_control: np.ndarray) -> list[np.ndarray]:
-    """Return each well's cosines with the control wells of its plate, (N,) arrays of as many as the plate has."""
+    """Return each well's cosines with the control wells of its plate, rising: (N,) arrays of as many as the plate has."""
     found: list[np.ndarray] = [np.empty(0)] * len(units)
     _, codes = np.unique(plates, return_inverse=True)
     for wells in np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1]):
-        similarity = units[wells] @ units[wells[is_control[wells]]].T
+        similarity = np.sort(units[wells] @ units[wells[is_control[wells]]].T, axis=1)
         for well, row in zip(wells, similarity, strict=True):
             found[well] = row
     return found
@@ -128,18 +136,22 @@ def _grouped(rows: list[tuple[int, float, int, int]], null_size: int, seed: int)
     wells among six controls, one in 28 by chance, a p-value of 1e-4.
     """
     table = pd.DataFrame(rows, columns=["group", "ap", "positives", "total"])
-    sizes = {key: number for number, key in enumerate(sorted(set(zip(table["positives"], table["total"], strict=True))))}
+    sizes, kind = np.unique(table[["positives", "total"]].to_numpy(dtype=int), axis=0, return_inverse=True)
     rngs = np.random.default_rng(seed).spawn(len(sizes))
-    nulls = [null_distribution(*key, null_size, rng) for key, rng in zip(sizes, rngs, strict=True)]
-    table["null"] = [sizes[key] for key in zip(table["positives"], table["total"], strict=True)]
-    result = []
-    for group, members in table.groupby("group"):
-        mean = members["ap"].mean()
-        weights = members["null"].value_counts(normalize=True)
-        null = sum(weight * nulls[number] for number, weight in weights.items())
-        result.append((group, len(members), mean, (1 + (null >= mean - 1e-12).sum()) / (1 + null_size)))
-    found = pd.DataFrame(result, columns=["group", "queries", "mAP", "p_value"])
-    found["corrected_p_value"] = _benjamini_hochberg(found["p_value"].to_numpy(dtype=float))
+    nulls = [null_distribution(*size, null_size, rng) for size, rng in zip(sizes.tolist(), rngs, strict=True)]
+    groups, codes, queries = np.unique(table["group"].to_numpy(dtype=int), return_inverse=True, return_counts=True)
+    means = np.bincount(codes, weights=table["ap"]) / queries
+    kinds = np.split(kind[np.lexsort((kind, codes))], np.cumsum(queries)[:-1]) if len(groups) else []
+    p_values = np.empty(len(groups))
+    by_kinds = sorted(range(len(groups)), key=lambda group: kinds[group].tobytes())
+    for _, alike in itertools.groupby(by_kinds, key=lambda group: kinds[group].tobytes()):
+        alike = list(alike)
+        there, counts = np.unique(kinds[alike[0]], return_counts=True)
+        null = sum(count / counts.sum() * nulls[number] for number, count in zip(there, counts, strict=True))
+        for group in alike:
+            p_values[group] = (1 + (null >= means[group] - 1e-12).sum()) / (1 + null_size)
+    found = pd.DataFrame({"group": groups, "queries": queries, "mAP": means, "p_value": p_values})
+    found["corrected_p_value"] = _benjamini_hochberg(p_values)
     return found
 
 

@@ -81,8 +81,6 @@ def find_target(rows: pd.DataFrame, classes: Sequence[str], wanted: str | None) 
 def predict(rows: pd.DataFrame, probabilities: pd.DataFrame, target: str) -> tuple[dict[str, Predicted], int]:
     """Return what was predicted of fields (where rows are fields) and of wells, and how many rows are left out: no class, or a probability missing.
 
-    A well's probabilities are the geometric mean of its fields', scaled to sum 1: their logits' mean.
-
     Parameters
     ----------
     rows : metadata (N, …).
@@ -97,15 +95,32 @@ def predict(rows: pd.DataFrame, probabilities: pd.DataFrame, target: str) -> tup
         return {}, len(rows)
     labels, values, rows = labels[good].astype(int), values[good], rows[good]
     found = {"fields": _predicted("fields", labels, values, rows["Metadata_Compound"])} if "Metadata_Site" in rows else {}
+    _, first = np.unique(rows.groupby(WELL).ngroup().to_numpy(), return_index=True)
+    joint = well_probabilities(rows, pd.DataFrame(values, columns=probabilities.columns))[1].to_numpy()
+    found["wells"] = _predicted("wells", labels[first], joint, rows["Metadata_Compound"].iloc[first])
+    return found, int((~good).sum())
+
+
+def well_probabilities(rows: pd.DataFrame, probabilities: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the wells' metadata (W, …), those of each well's first row without its site, and their probabilities (W, K), sorted by plate and well.
+
+    A well's probabilities are the geometric mean of its fields', scaled to sum 1: their logits' mean.
+
+    Parameters
+    ----------
+    rows : metadata of fields or wells (N, …).
+    probabilities : (N, K), without missing values.
+    """
     wells = rows.groupby(WELL).ngroup().to_numpy()
     _, first = np.unique(wells, return_index=True)
+    values = probabilities.to_numpy(dtype=np.float64)
     logs = np.zeros((len(first), values.shape[1]))
     np.add.at(logs, wells, np.log(np.maximum(values, 1e-30)))
     logs /= np.bincount(wells)[:, None]
     joint = np.exp(logs - logs.max(axis=1, keepdims=True))
     joint /= joint.sum(axis=1, keepdims=True)
-    found["wells"] = _predicted("wells", labels[first], joint, rows["Metadata_Compound"].iloc[first])
-    return found, int((~good).sum())
+    meta = rows.iloc[first].drop(columns="Metadata_Site", errors="ignore").reset_index(drop=True)
+    return meta, pd.DataFrame(joint, columns=probabilities.columns)
 
 
 def merge_folds(tables: Sequence[tuple[str, pd.DataFrame, pd.DataFrame]], control: str) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -1,12 +1,12 @@
-"""One profile table → all its scores; several tables → how they compare.
+"""One profile table → all its scores.
 
-In: `ProfileTable`s and settings. Out: `TableScores` and comparisons, plain data for text, JSON and CSV. Promised: no file is read or written.
+In: a `ProfileTable` and settings. Out: `TableScores`, plain data for text, JSON and CSV. Promised: no file is read or written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -19,9 +19,11 @@ from hcsdl.profiles.normalise import LADDER, Dropped, normalise, usable_features
 from hcsdl.profiles.predictions import Predicted, find_target, predict
 from hcsdl.profiles.tables import Profiles, ProfileTable, is_scored
 from hcsdl.profiles.treatments import Treatments, treatment_profiles, with_treatments
-from hcsdl.profiles.uncertainty import cluster_bootstrap, paired_difference, spread
+from hcsdl.profiles.uncertainty import cluster_bootstrap
 
 BASELINES = {"cell count": ("Count_",), "intensity": ("Intensity_",)}
+MOST_NAMED = 3  # treatments in a note
+RANDOM = "random network"  # the baseline that is a table of its own: a network of the same shape that was never trained
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,15 @@ def score_table(name: str, table: ProfileTable, settings: Settings) -> TableScor
     return scores
 
 
+def add_random_baselines(scores: TableScores, random: Sequence[TableScores]) -> None:
+    """Put the scores of networks that were never trained beside those of a table."""
+    if scores.main is None:
+        return
+    for one in random:
+        if one.main is not None:
+            scores.figures["baselines"][RANDOM if len(random) == 1 else f"{RANDOM} ({one.name})"] = one.figures["nearest"]
+
+
 def _note_features(scores: TableScores, table: ProfileTable, dropped: Dropped, kept: int) -> None:
     scores.figures["counts"] |= {"features_missing": dropped.missing, "features_constant": dropped.constant, "features_used": kept}
     if dropped.missing or dropped.constant:
@@ -158,6 +169,14 @@ def _has_moas(wells: Profiles, control: str) -> bool:
 def _score_chosen(scores: TableScores, method: Method, settings: Settings) -> None:
     scores.main = method
     scores.figures["nearest"] = _nearest_figures(method, settings)
+    everywhere = list(method.treatments.names[method.treatments.everywhere])
+    if everywhere and len(everywhere) < len(method.treatments):
+        scores.figures["nearest"]["NSCB"]["in_every_batch"] = everywhere
+        named = ", ".join(everywhere[:MOST_NAMED]) + (f", … ({len(everywhere)} in all)" if len(everywhere) > MOST_NAMED else "")
+        scores.notes.append(
+            f"{named} {'is' if len(everywhere) == 1 else 'are'} in every batch. For NSCB such a treatment is compared with those that are not, and is "
+            "nobody's neighbour; taken literally it would share a batch with all others and drop out."
+        )
     table, left_out = precision.moa_precision(method.treatments, null_size=settings.null_size, seed=settings.seed)
     _note_precision(scores, "MoA", table, left_out, "treatments")
 
@@ -244,53 +263,6 @@ def prediction_figures(predicted: Predicted, split: str, target: str, settings: 
         "macro_f1": predicted.macro_f1,
         "calibration_error": predicted.calibration_error,
     }
-
-
-def compare(tables: Sequence[TableScores], settings: Settings) -> tuple[list[dict], list[dict]]:
-    """Return the paired differences of the first method with every other and with its own baselines, and the spreads over runs.
-
-    Runs of one method are taken together: a treatment's figure is the share of the runs that get it right.
-    """
-    methods: dict[str, list[Method]] = {}
-    for table in tables:
-        if table.main is not None:
-            methods.setdefault(table.method, []).append(table.main)
-    if not methods:
-        return [], []
-    names = list(methods)
-    first = next(table for table in tables if table.main is not None)
-    others = [(name, methods[name]) for name in names[1:]] + [(f"baseline: {b.name}", [b]) for b in first.baselines]
-    compounds = dict(zip(first.main.treatments.names, first.main.treatments.profiles.meta["Metadata_Compound"], strict=True))
-    differences = []
-    for rule in first.main.nearest:
-        mine = _mean_hits(methods[names[0]], rule)
-        if mine.isna().all():
-            continue
-        for name, runs in others:
-            if any(rule not in run.nearest for run in runs):
-                continue
-            both = pd.concat([mine, _mean_hits(runs, rule)], axis=1, join="inner").dropna()
-            drawn = np.array([compounds[t] for t in both.index])
-            if both.empty:
-                raise DataError(
-                    f"{names[0]} and {name} must have treatments in common to be compared. They have none: check their compounds' names."
-                )
-            found = paired_difference(
-                both.iloc[:, 0].to_numpy(), both.iloc[:, 1].to_numpy(), drawn, draws=settings.draws, seed=settings.seed
-            )
-            unpaired = int(mine.notna().sum()) - len(both)
-            differences.append({"rule": rule, "first": names[0], "second": name, **asdict(found), "treatments_not_in_second": unpaired})
-    spreads = [
-        {"rule": rule, "method": name, **spread([run.nearest[rule].accuracy for run in runs])}
-        for name, runs in methods.items()
-        for rule in runs[0].nearest
-        if len(runs) >= 3
-    ]
-    return differences, spreads
-
-
-def _mean_hits(runs: Sequence[Method], rule: str) -> pd.Series:
-    return pd.concat([run.hits(rule) for run in runs], axis=1).mean(axis=1, skipna=False)
 
 
 def treatment_table(method: Method) -> pd.DataFrame:

@@ -57,8 +57,9 @@ def format_comparisons(differences: Sequence[dict], spreads: Sequence[dict], mar
         )
     lines = ["paired differences on the same treatments", *lines] if lines else []
     for one in spreads:
+        mark = f" [{marks[one['method']]}]" if marks.get(one["method"]) else ""
         lines.append(
-            f"spread of {one['rule']} over {one['runs']} runs of {one['method']}: mean {one['mean']:.3f}, sd {one['sd']:.3f}, "
+            f"spread of {one['rule']} over {one['runs']} runs of {one['method']}{mark}: mean {one['mean']:.3f}, sd {one['sd']:.3f}, "
             f"{one['min']:.3f} … {one['max']:.3f}"
         )
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from hcsdl.config import DataError
-from hcsdl.profiles.tables import Profiles, is_scored
+from hcsdl.profiles.tables import Profiles, group_means, is_scored
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,13 @@ class Treatments:
         return np.unique(self.profiles.meta["Metadata_MoA"].to_numpy(dtype=str), return_inverse=True)[1]
 
     @property
+    def everywhere(self) -> np.ndarray:
+        """Return a mask (T,), bool: treatments that occur in every one of several batches, as a positive control does."""
+        if self.in_batch is None or self.in_batch.shape[1] < 2:
+            return np.zeros(len(self), dtype=bool)
+        return self.in_batch.all(axis=1)
+
+    @property
     def moa_names(self) -> np.ndarray:
         """Return the names of the mechanisms of action, sorted."""
         return np.unique(self.profiles.meta["Metadata_MoA"].to_numpy(dtype=str))
@@ -67,7 +74,7 @@ def treatment_profiles(wells: Profiles, control: str) -> Treatments:
     names, first, codes, counts = np.unique(
         wells.meta["Metadata_Treatment"].to_numpy(dtype=str), return_index=True, return_inverse=True, return_counts=True
     )
-    means = np.add.reduceat(wells.values, first, axis=0, dtype=np.float64) / counts[:, None]
+    means = group_means(wells.values, first)
     columns = [c for c in ("Treatment", "Compound", "Concentration", "MoA") if f"Metadata_{c}" in wells.meta]
     meta = wells.meta.iloc[first][[f"Metadata_{c}" for c in columns]].reset_index(drop=True)
     meta["Metadata_Wells"] = counts

@@ -6,13 +6,14 @@ Promised: the pixels depend on the arguments alone; with effect 0 they do not de
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from hcsdl.simulation.cells import MARGIN_PX, draw_cell
 from hcsdl.simulation.compounds import active_fraction
+from hcsdl.simulation.drift import LARGEST_BLUR_PX, Drift, drift
 from hcsdl.simulation.layout import COLUMNS, ROWS, Field
 from hcsdl.simulation.phenotypes import UNTREATED, Look, looks
 
@@ -71,7 +72,7 @@ def shading_field(parameters: np.ndarray, height: int, width: int) -> np.ndarray
     return shade / shade.mean()
 
 
-def draw_field(seed: int, field: Field, effect: float, height: int, width: int) -> np.ndarray:
+def draw_field(seed: int, field: Field, effect: float, height: int, width: int, batch_effect: float = 0.0) -> np.ndarray:
     """Return the images of a field.
 
     Parameters
@@ -84,18 +85,23 @@ def draw_field(seed: int, field: Field, effect: float, height: int, width: int) 
         Multiplies the fraction of cells that a treatment changes (at most 0.98).
     height, width : int
         Size in pixels. Cells keep theirs: a smaller field has fewer of them.
+    batch_effect : float
+        Strength of the drift from batch to batch, beside the conditions every simulation has.
 
     Returns
     -------
     numpy.ndarray
         uint16 (3, height, width): DAPI, Tubulin, Actin, in grey levels.
     """
-    about = conditions(seed, field)
+    about, batch = conditions(seed, field), None
+    if batch_effect:
+        batch = drift(seed, field.batch, field.plate, field.well, batch_effect)
+        about = _drifted(about, batch)
     base = np.random.SeedSequence([seed, _FIELD, field.plate, *field.well.encode(), field.site])
     places, kinds, cells, noise = base.spawn(4)
     canvases = np.zeros((3, height + 2 * PAD_PX, width + 2 * PAD_PX), np.float32)
     centres = positions(about.density, height, width, np.random.default_rng(places))
-    chosen = _choose(field, effect, len(centres), np.random.default_rng(kinds))
+    chosen = _choose(field, effect, len(centres), np.random.default_rng(kinds), batch)
     for (y, x), look, one in zip(centres, chosen, cells.spawn(len(centres)), strict=True):
         draw_cell(canvases, y, x, look, np.random.default_rng(one))
     rng = np.random.default_rng(noise)
@@ -139,14 +145,27 @@ def positions(density: float, height: int, width: int, rng: np.random.Generator)
     return [(int(y) + MARGIN_PX, int(x) + MARGIN_PX) for y, x in found]
 
 
-def _choose(field: Field, effect: float, count: int, rng: np.random.Generator) -> list[Look]:
+def _drifted(about: Conditions, batch: Drift) -> Conditions:
+    return replace(
+        about,
+        gain=about.gain * batch.gain,
+        background=about.background * batch.background,
+        blur_px=min(about.blur_px + batch.blur_px, LARGEST_BLUR_PX),
+        density=float(np.clip(about.density * batch.density, 0.6, 1.25)),
+    )
+
+
+def _choose(field: Field, effect: float, count: int, rng: np.random.Generator, batch: Drift | None) -> list[Look]:
     """Return the look of each of `count` cells: a fraction of them changed by the treatment, the others untreated."""
     treatment = field.treatment
     draws = rng.random((count, 2))
-    treated = treatment.concentration > 0 and effect > 0
-    fraction = min(0.98, effect * active_fraction(treatment.compound, treatment.moa, treatment.concentration)) if treated else 0.0
-    changed = looks(treatment.moa, treatment.compound) if treated else UNTREATED
-    return [_pick(changed if first < fraction else UNTREATED, second) for first, second in draws]
+    fraction, changed = 0.0, UNTREATED
+    if treatment.concentration > 0 and effect > 0:
+        share = active_fraction(treatment.compound, treatment.moa, treatment.concentration) if field.share is None else field.share
+        fraction = min(0.98, effect * (batch.share(share) if batch else share))
+        changed = looks(treatment.moa, treatment.compound)
+    chosen = [_pick(changed if first < fraction else UNTREATED, second) for first, second in draws]
+    return [batch.of(look) for look in chosen] if batch else chosen
 
 
 def _pick(mixture: tuple[tuple[float, Look], ...], draw: float) -> Look:

@@ -1,8 +1,8 @@
 """Which treatment stands in which well of which plate, and what the files are called.
 
 In: a `Preset`, a seed, the name of the control. Out: a list of `Field`, and BBBC021's three tables as CSV text.
-Promised: wells are dealt at random from the seed; the replicates of a treatment stand on different plates; names depend on seed,
-plate, well, site and channel alone, so that they tell nothing of the treatment.
+Promised: wells are dealt at random from the seed, or are BBBC021's own where the preset has its plate map; the replicates of a treatment stand
+on different plates; names depend on seed, plate, well, site and channel alone, so that they tell nothing of the treatment.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 from hcsdl.config import ConfigError
 from hcsdl.simulation.compounds import TAXOL, Treatment, treatments
+from hcsdl.simulation.plate_map import mapped_plates, mapped_share
 from hcsdl.simulation.presets import Preset
 
 ROWS, COLUMNS = "BCDEFG", range(2, 12)  # the 60 inner wells of a 96-well plate, as BBBC021 uses them
@@ -62,6 +63,7 @@ class Field:
     replicate: int
     treatment: Treatment
     file_names: tuple[str, ...]
+    share: float | None = None  # of the cells that the treatment changes; None: as `active_fraction` has it
 
 
 def fields_of_view(preset: Preset, seed: int, control: str) -> list[Field]:
@@ -72,31 +74,33 @@ def fields_of_view(preset: Preset, seed: int, control: str) -> list[Field]:
     ConfigError
         If a plate would need more wells than it has, or a treatment more plates than there are.
     """
-    plates = [(batch, index) for batch in range(1, preset.batches + 1) for index in range(preset.plates_per_batch)]
-    rng = np.random.default_rng([seed, _LAYOUT])
-    dealt = _deal(preset, len(plates), rng)
+    if preset.plate_map:
+        contents = [(plate.batch, plate.name, plate.wells) for plate in mapped_plates(preset, control)]
+    else:
+        contents = _dealt(preset, seed, control)
     found: list[Field] = []
     replicates: Counter[Treatment] = Counter()
-    for number, (batch, index) in enumerate(plates):
-        contents = dealt[number] + [Treatment(control, 0.0, control)] * preset.control_wells
-        wells = _wells(len(contents), rng)
-        for well, treatment in sorted(zip(wells, contents, strict=True), key=lambda pair: pair[0]):
+    for number, (batch, plate_name, wells) in enumerate(contents):
+        for well, treatment in wells:
             replicates[treatment] += 1
+            share = mapped_share(treatment) if preset.plate_map else None
             for site in range(1, preset.sites + 1):
                 stem = f"{FILE_PREFIXES[(batch - 1) % 10]}{well}_s{site}_w"
                 names = tuple(f"{stem}{wavelength}{_guid(seed, number, well, site, wavelength)}.tif" for _, wavelength in CHANNELS)
-                found.append(
-                    Field(
-                        batch,
-                        number,
-                        f"Week{batch}_{22123 + 2000 * (batch - 1) + 20 * index}",
-                        well,
-                        site,
-                        replicates[treatment],
-                        treatment,
-                        names,
-                    )
-                )
+                found.append(Field(batch, number, plate_name, well, site, replicates[treatment], treatment, names, share))
+    return found
+
+
+def _dealt(preset: Preset, seed: int, control: str) -> list[tuple[int, str, list[tuple[str, Treatment]]]]:
+    """Return every plate's batch, name, and treatments in random wells."""
+    plates = [(batch, index) for batch in range(1, preset.batches + 1) for index in range(preset.plates_per_batch)]
+    rng = np.random.default_rng([seed, _LAYOUT])
+    dealt = _deal(preset, len(plates), rng)
+    found = []
+    for number, (batch, index) in enumerate(plates):
+        contents = dealt[number] + [Treatment(control, 0.0, control)] * preset.control_wells
+        wells = sorted(zip(_wells(len(contents), rng), contents, strict=True), key=lambda pair: pair[0])
+        found.append((batch, f"Week{batch}_{22123 + 2000 * (batch - 1) + 20 * index}", wells))
     return found
 
 

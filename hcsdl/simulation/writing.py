@@ -73,7 +73,7 @@ def simulate(config: SimulateConfig, root: Path, seed: int, *, control: str = "D
     for folder in {field.plate_name for field in fields}:
         (root / folder).mkdir(exist_ok=True)
     waiting = [field for field in fields if not _whole(root, field, preset)]
-    draw = partial(_draw_and_write, root, seed, config.effect, preset.height_px, preset.width_px)
+    draw = partial(_draw_and_write, root, seed, config.effect, preset)
     drawn = _draw_all(draw, waiting, _workers(config, preset, waiting))
     for _ in tqdm(drawn, total=len(waiting), desc="draw", unit="field", disable=not progress):
         pass
@@ -139,8 +139,9 @@ def _draw_all(draw: partial, waiting: list[Field], workers: int) -> Iterator[Non
         yield from pool.map(draw, waiting)
 
 
-def _draw_and_write(root: Path, seed: int, effect: float, height: int, width: int, field: Field) -> None:
-    for name, image in zip(field.file_names, draw_field(seed, field, effect, height, width), strict=True):
+def _draw_and_write(root: Path, seed: int, effect: float, preset: Preset, field: Field) -> None:
+    images = draw_field(seed, field, effect, preset.height_px, preset.width_px, preset.batch_effect or 0.0)
+    for name, image in zip(field.file_names, images, strict=True):
         path = root / field.plate_name / name
         unfinished = path.with_suffix(".part")
         tifffile.imwrite(unfinished, image, photometric="minisblack", metadata=None)

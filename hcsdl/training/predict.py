@@ -1,6 +1,7 @@
 """The network over fields, without gradients: the one loop that validation and every later use of a trained network share.
 
-In: a bare network, an evaluation loader over this rank's fields. Out: rows and logits, in row order, of all ranks.
+In: a bare network, an evaluation loader over this rank's fields. Out: rows and what the network says of them, mini-batch by mini-batch (`outputs`),
+or logits in row order of all ranks (`predict`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,29 @@ from hcsdl.distributed.group import Group
 from hcsdl.kernels import Kernels
 
 
+def outputs(
+    model: torch.nn.Module, loader: Iterable[MiniBatch], kernels: Kernels, pad_to: int | None = None
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield (rows int64 (n,), labels int64 (n,), what the model returns: one or several tensors float32 (n, …)) of each mini-batch.
+
+    The model runs in evaluation mode and without gradients; between two mini-batches it is in its own mode. With `pad_to` a smaller mini-batch is
+    filled up to so many fields with copies of its last one, which are taken off again: kernels choose their order of additions by the shape.
+    """
+    for batch in loader:
+        images, missing = batch.images, (pad_to or 0) - len(batch.images)
+        if missing > 0:
+            images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)]).contiguous(memory_format=torch.channels_last)
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), kernels.autocast():
+                found = model(images)
+        finally:
+            model.train(training)
+        found = found if isinstance(found, tuple) else (found,)
+        yield batch.rows, batch.labels, *(one[: len(batch.images)].float() for one in found)
+
+
 def predict(
     model: torch.nn.Module, loader: Iterable[MiniBatch], kernels: Kernels, group: Group
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -24,15 +48,7 @@ def predict(
     Ranks may hold different numbers of fields, none included. The model is put into evaluation mode and back. Raises DataError where no rank
     has a field.
     """
-    parts: list[tuple[torch.Tensor, ...]] = []
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), kernels.autocast():
-            for batch in loader:
-                parts.append((batch.rows, batch.labels, model(batch.images).float()))
-    finally:
-        model.train(training)
+    parts = list(outputs(model, loader, kernels))
     parts = [part for rank in group.all_gather_object(parts) for part in rank]
     if not parts:
         raise DataError("at least one field held out must be readable. None is: `hcsdl check` lists what is wrong with them.")

@@ -30,12 +30,15 @@ SCHEMA_VERSION = 1
 class RunFolder:
     """Paths of one run folder, its lock and its attempt number (0 until `acquire` or `join`)."""
 
+    kind, setting = "run folder", "run_dir"  # what it is called, and the setting that names it
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config, self.plan, self.summary = self.path / "config.yaml", self.path / "plan.json", self.path / "summary.json"
         self.index, self.journal, self.weights = self.path / "index.parquet", self.path / "journal.jsonl", self.path / "model.safetensors"
         self.checkpoints, self.logs, self.tensorboard = self.path / "checkpoints", self.path / "logs", self.path / "tensorboard"
         self.preprocessing, self.lock = self.path / "preprocessing.npz", self.path / "lock"
+        self.folders = (self.checkpoints, self.logs, self.tensorboard)
         self.attempt = 0
         self._held: int | None = None
         self._job = ("", 0)
@@ -49,15 +52,17 @@ class RunFolder:
         Raises ConfigError where another process on any host holds it, where the folder is something else, or cannot be written.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"run_dir must be a folder. {self.path} is a file; name another.")
+            raise ConfigError(f"{self.setting} must be a folder. {self.path} is a file; name another.")
         if self.path.is_dir() and not self.lock.exists() and any(self.path.iterdir()):
-            raise ConfigError(f"run_dir must be new, empty or a run folder. {self.path} holds other files; name another.")
+            raise ConfigError(f"{self.setting} must be new, empty or a {self.kind}. {self.path} holds other files; name another.")
         try:
-            for folder in (self.path, self.checkpoints, self.logs, self.tensorboard):
+            for folder in (self.path, *self.folders):
                 folder.mkdir(parents=True, exist_ok=True)
             held = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise ConfigError(f"run_dir must be writable. {error.strerror}: {error.filename}; name another, or mend its rights.") from error
+            raise ConfigError(
+                f"{self.setting} must be writable. {error.strerror}: {error.filename}; name another, or mend its rights."
+            ) from error
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -65,8 +70,8 @@ class RunFolder:
             if not job[0] or who.get("job") != job[0] or who["restarts"] >= job[1]:
                 os.close(held)
                 raise ConfigError(
-                    f"one run at a time may write a run folder. {self.path} is in use by process {who.get('process')} on {who.get('host')}; "
-                    "wait for it, stop it, or name another run_dir."
+                    f"one run at a time may write a {self.kind}. {self.path} is in use by process {who.get('process')} on {who.get('host')}; "
+                    f"wait for it, stop it, or name another {self.setting}."
                 ) from error
             log.warning("%s is taken over from this job's earlier start on %s.", self.path, who.get("host"))
         except OSError as error:

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
 from hcsdl.commands.cli import main
-from hcsdl.config import PlatesConfig
+from hcsdl.commands.score import run
+from hcsdl.config import PlatesConfig, ScoreCommand
 from tests.profiles.screens import draw_wells
 from tests.profiles.test_predictions import draw_probabilities, folds
-from tests.profiles.test_provenance import write_run
+from tests.profiles.test_provenance import write_embedding, write_run
 
 pytestmark = pytest.mark.xeon_only
 FAST = ("score.draws=500", "score.null_size=500")
@@ -42,9 +44,13 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def score(folder: Path, profiles: object, *words: str, code: int = 0) -> dict:
-    """Score in this process and return scores.json."""
-    assert main(["score", f"profiles={profiles}", f"score.output={folder}", *FAST, *words]) == code
-    return json.loads((folder / "scores.json").read_text()) if code == 0 else {}
+    """Score in this process and return scores.json; through the command line, which takes as long again, only for its exit code."""
+    words = (f"profiles={profiles}", f"score.output={folder}", *FAST, *words)
+    if code:
+        assert main(["score", *words]) == code
+        return {}
+    assert run(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ScoreCommand), OmegaConf.from_dotlist(list(words))))) == 0
+    return json.loads((folder / "scores.json").read_text())
 
 
 def test_one_table(tmp_path, table, capsys):
@@ -87,6 +93,84 @@ def test_one_table(tmp_path, table, capsys):
     assert set(pd.read_csv(tmp_path / "precision.csv")["Kind"]) == {"MoA", "replicates"}
 
 
+def plain_scores(table: pd.DataFrame, scaled: bool) -> dict[str, tuple[float, set[str]]]:
+    """Return, by rule, accuracy and the treatments that drop out, worked out a value at a time from a table of fields."""
+    features = [c for c in table if c.startswith("Embedding_")]
+    wells: dict[tuple, list[dict]] = {}
+    for row in table.to_dict("records"):
+        wells.setdefault((row["Metadata_Plate"], row["Metadata_Well"]), []).append(row)
+    means = [{**rows[0], "x": [sum(r[f] for r in rows) / len(rows) for f in features]} for rows in wells.values()]
+    for plate in {w["Metadata_Plate"] for w in means} if scaled else ():
+        mine = [w for w in means if w["Metadata_Plate"] == plate]
+        controls = [w["x"] for w in mine if w["Metadata_Compound"] == "DMSO"]
+        for f in range(len(features)):
+            centre = sum(x[f] for x in controls) / len(controls)
+            sd = (sum((x[f] - centre) ** 2 for x in controls) / len(controls)) ** 0.5
+            for w in mine:
+                w["x"][f] = (w["x"][f] - centre) / sd
+    groups: dict[str, list[dict]] = {}
+    for w in means:
+        if w["Metadata_Compound"] != "DMSO":
+            groups.setdefault(f"{w['Metadata_Compound']} {w['Metadata_Concentration']:g}", []).append(w)
+    profiles = {name: [sum(w["x"][f] for w in ws) / len(ws) for f in range(len(features))] for name, ws in groups.items()}
+    batches = {name: {w["Metadata_Batch"] for w in ws} for name, ws in groups.items()}
+    first = {name: ws[0] for name, ws in groups.items()}
+    found = {}
+    for rule in ("NSC", "NSCB"):
+        hits, dropped = [], set()
+        for a in sorted(groups):
+            others = [
+                b for b in sorted(groups)
+                if first[a]["Metadata_Compound"] != first[b]["Metadata_Compound"] and (rule == "NSC" or not batches[a] & batches[b])
+            ]  # fmt: skip
+            if not any(first[a]["Metadata_MoA"] == first[b]["Metadata_MoA"] for b in others):
+                dropped.add(a)
+                continue
+            cosines = [float(np.dot(profiles[a], profiles[b]) / np.linalg.norm(profiles[a]) / np.linalg.norm(profiles[b])) for b in others]
+            hits.append(first[others[cosines.index(max(cosines))]]["Metadata_MoA"] == first[a]["Metadata_MoA"])
+        found[rule] = (sum(hits) / len(hits), dropped)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_scores_are_those_of_a_plain_oracle(tmp_path, seed):
+    """From the file to the figure, as the table is and scaled by its controls; a mechanism within one batch drops out of NSCB."""
+    table = draw_wells(sites=2, effect=0.6, batch_effect=1.0, compounds_per_moa=4, features=6, seed=seed)
+    table = table[~table["Metadata_Compound"].isin(["compound 2b", "compound 2c"])].sample(frac=1, random_state=seed)
+    table.to_csv(tmp_path / "t.csv", index=False)
+    one = score(tmp_path / "out", tmp_path / "t.csv")["tables"][0]
+    ladder = {rung["pipeline"]: rung for rung in one["ladder"]}
+    for pipeline, scaled in (("none", False), ("standardise_control", True)):
+        expected = plain_scores(table, scaled)
+        for rule in ("NSC", "NSCB"):
+            assert ladder[pipeline][rule] == pytest.approx(expected[rule][0]) and 0 < expected[rule][0] < 1
+            assert set(one["nearest"][rule]["dropped"]) == expected[rule][1]
+    assert expected["NSCB"][1] and not expected["NSC"][1]
+
+
+def test_six_treatments_with_known_answers(tmp_path):
+    """a1, a2, b (m1) and c, d (m2) by the angle of their profile; e is alone in its mechanism and nearest to all of m1."""
+    rows = [
+        ("a", 1, "m1", "x", 0),
+        ("a", 2, "m1", "x", 10),
+        ("b", 1, "m1", "y", 15),
+        ("c", 1, "m2", "x", 100),
+        ("d", 1, "m2", "x", 120),
+        ("e", 1, "m3", "y", 13),
+    ]
+    table = pd.DataFrame(rows, columns=["Metadata_Compound", "Metadata_Concentration", "Metadata_MoA", "Metadata_Batch", "angle"])
+    angle = np.deg2rad(table.pop("angle"))
+    table.assign(
+        Metadata_Plate="p", Metadata_Well=list("ABCDEF"), Embedding_0=np.cos(angle), Embedding_1=np.sin(angle)
+    ).to_csv(tmp_path / "six.csv", index=False)  # fmt: skip
+    nearest = score(tmp_path / "out", tmp_path / "six.csv", "score.pipeline=[]")["tables"][0]["nearest"]
+    assert (nearest["NSC"]["accuracy"], nearest["NSC"]["dropped"]) == (2 / 5, ["e 1"])
+    assert (nearest["NSCB"]["accuracy"], nearest["NSCB"]["dropped"]) == (pytest.approx(1 / 3), ["c 1", "d 1", "e 1"])
+    saved = pd.read_csv(tmp_path / "out" / "treatments.csv").set_index("Metadata_Treatment")
+    assert saved["NSC_Neighbour"].dropna().to_dict() == {"a 1": "e 1", "a 2": "e 1", "b 1": "e 1", "c 1": "d 1", "d 1": "c 1"}
+    assert saved["NSCB_Neighbour"].dropna().to_dict() == {"a 1": "e 1", "a 2": "e 1", "b 1": "a 2"}
+
+
 def test_twice_is_the_same(tmp_path, table):
     assert score(tmp_path / "a", table) == score(tmp_path / "b", table)
 
@@ -117,6 +201,8 @@ def test_leak_is_marked_in_every_output(tmp_path, capsys):
     lines = [line for line in leaky.splitlines() if line.startswith(("NSC", "normalisation", "mean average", "predicted"))]
     assert len(lines) == 8 and all("[LEAKY]" in line for line in lines)
     assert [(c["first_leak"], c["second_leak"]) for c in result["comparisons"] if c["second"] == "moa"] == [("", "LEAKY")] * 2
+    for one, mark in zip(result["tables"], ("", "LEAKY"), strict=True):
+        assert {r["leak"] for r in (*one["ladder"], *one["predictions"])} == {mark} == {one["leak"]["mark"]}
     for name in ("treatments.csv", "ladder.csv", "precision.csv"):
         saved = pd.read_csv(tmp_path / "out" / name, keep_default_na=False)
         learned = saved[~saved["Method"].isin(["cell count", "intensity"])] if "Method" in saved else saved
@@ -127,9 +213,9 @@ def test_runs_of_one_method_have_a_spread_and_are_compared_together(tmp_path):
     paths = []
     for seed in range(3):
         paths.append(write_run(tmp_path / f"seed{seed}", target="Treatment", seed=seed))
-        table = whole_table()
+        table = draw_wells(batch_effect=1.5)
         embedding = table.filter(like="Embedding_")
-        noise = 1.5 * np.random.default_rng(seed).normal(size=embedding.shape)
+        noise = 1.2 * np.random.default_rng(seed).normal(size=embedding.shape)
         table.assign(**(embedding + noise)).to_parquet(paths[-1])
     draw_wells(effect=0.2).to_parquet(tmp_path / "other.parquet")
     result = score(tmp_path / "out", f"[{','.join(map(str, [*paths, tmp_path / 'other.parquet']))}]")
@@ -144,7 +230,44 @@ def test_runs_of_one_method_have_a_spread_and_are_compared_together(tmp_path):
     assert found["value"] == pytest.approx(np.mean(accuracies[:3]) - accuracies[3])
     named = score(tmp_path / "named", f"[{paths[0]},{paths[1]}]", "score.names=[ours,ours]")
     assert [t["name"] for t in named["tables"]] == ["ours (1)", "ours (2)"] and not named["spreads"]
-    assert all(c["second"].startswith("baseline") for c in named["comparisons"])
+    assert named["comparisons"] == []  # runs of one method are not compared with each other
+
+
+def test_random_network_stands_beside_the_others(tmp_path, capsys):
+    """Whatever the order: it is a baseline of every table, compared with the first, and not taken for a method of ours; without it, how to get it is said.
+
+    Likewise that a checkpoint was chosen by held-out fields.
+    """
+    moas = [("Metadata_Treatment", ["compound 0a"])]
+    trained = write_embedding(tmp_path / "trained.parquet", draw_wells(batch_effect=1.5), trained=tuple(moas), checkpoint="best.pt")
+    random = write_embedding(tmp_path / "random.parquet", draw_wells(effect=0.3, batch_effect=1.5), weights="random")
+    result = score(tmp_path / "out", f"[{random},{trained}]")
+    out = capsys.readouterr().out
+    (one,), (baseline,) = result["tables"], result["baseline_tables"]
+    assert (one["name"], baseline["name"]) == ("x", "random network (seed 0)") and baseline["leak"]["kind"] == "none"
+    assert one["baselines"]["random network"] == baseline["nearest"] and "baseline random network: " in out
+    assert (
+        "No random-network baseline" not in out
+        and "these scores are not of an epoch fixed beforehand" in out
+        and len(baseline["ladder"]) == 10
+    )
+    nsc = next(c for c in result["comparisons"] if c["rule"] == "NSC" and c["second"] == "baseline: random network")
+    assert nsc["first"] == "x" and nsc["value"] == pytest.approx(one["nearest"]["NSC"]["accuracy"] - baseline["nearest"]["NSC"]["accuracy"])
+    score(tmp_path / "out", trained)
+    assert "hcsdl embed checkpoint=runs/x embed.weights=random" in capsys.readouterr().out
+    alone = score(tmp_path / "out", random)
+    assert [t["name"] for t in alone["tables"]] == ["random network (seed 0)"] and not alone["baseline_tables"]
+
+
+def test_treatment_in_every_batch_is_told(tmp_path, capsys):
+    table = draw_wells()
+    first = table[table["Metadata_Compound"] == "compound 0a"].drop_duplicates("Metadata_Concentration")
+    plates = table.drop_duplicates("Metadata_Batch")[["Metadata_Plate", "Metadata_Batch"]].to_records(index=False)
+    more = [first.assign(Metadata_Plate=p, Metadata_Batch=b, Metadata_Well=["H01", "H02"]) for p, b in plates[1:]]
+    pd.concat([table, *more]).to_parquet(tmp_path / "t.parquet")
+    result = score(tmp_path / "out", tmp_path / "t.parquet")
+    assert result["tables"][0]["nearest"]["NSCB"]["in_every_batch"] == ["compound 0a 0.1", "compound 0a 1"]
+    assert "compound 0a 0.1, compound 0a 1 are in every batch" in capsys.readouterr().out
 
 
 def test_merged_folds(tmp_path, capsys):
@@ -156,7 +279,10 @@ def test_merged_folds(tmp_path, capsys):
     result = score(tmp_path / "out", f"[{','.join(map(str, paths))}]", "score.folds=true")
     fields, wells = result["folds"]["figures"]
     assert fields["unit"] == "fields" and fields["number"] == 72 and wells["number"] == 24 and wells["compounds"] == 12
-    assert fields["low"] < fields["accuracy"] < fields["high"] and "3 folds, 12 compounds, each held out once" in capsys.readouterr().out
+    assert fields["low"] < fields["accuracy"] < fields["high"] and "3 folds, 12 compounds, each held out once" in (
+        out := capsys.readouterr().out
+    )
+    assert "all folds merged  [leak unknown]" in out and fields["leak"] == result["folds"]["leak"]["mark"] == "leak unknown"
     assert main(["score", f"profiles=[{paths[0]},{paths[1]}]", "score.folds=true", f"score.output={tmp_path}/out"]) == 3
     assert "4 of 12 are in none" in capsys.readouterr().err
 

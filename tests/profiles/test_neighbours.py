@@ -129,12 +129,12 @@ def test_rotation_does_not_matter_where_features_are_not_scaled_one_by_one(wells
 
 
 def test_ties_go_to_the_first_by_name_even_when_rounding_differs():
+    """Thirty multiples of one profile: every cosine is 1 but for rounding, which would choose any of them."""
     rng = np.random.default_rng(0)
-    meta = pd.DataFrame({"Compound": list("abcd"), "MoA": ["m1", "m2", "m1", "m2"], "Batch": ["x"] * 4})
-    row = rng.normal(size=7)
-    values = np.stack([row, row * 3, row / 7, row * (1 + 1e-13)])
+    meta = pd.DataFrame({"Compound": [f"c{i:02d}" for i in range(30)], "MoA": ["m1", "m2"] * 15, "Batch": ["x"] * 30})
+    values = rng.uniform(0.1, 10, 30)[:, None] * rng.normal(size=50)
     found = nearest_neighbours(treatment_profiles(treatments_only(meta, values), "DMSO"))["NSC"]
-    assert found.neighbour.tolist() == [1, 0, 0, 0]
+    assert found.neighbour.tolist() == [1] + [0] * 29
 
 
 def test_profile_of_zeros_and_single_feature():
@@ -158,6 +158,18 @@ def test_no_labels():
         treatment_profiles(as_profiles(draw_wells().assign(Metadata_MoA="DMSO")), "DMSO")
 
 
+def test_single_precision_only_chooses_candidates():
+    """Forty profiles so alike that single precision puts them in another order: neighbours and cosines are those of double precision."""
+    rng = np.random.default_rng(0)
+    meta = pd.DataFrame({"Compound": [f"c{i:02d}" for i in range(40)], "MoA": ["m1", "m2"] * 20, "Batch": ["x"] * 40})
+    values = rng.normal(size=64) + 1e-3 * rng.normal(size=(40, 64))
+    units = values / np.linalg.norm(values, axis=1, keepdims=True)
+    cosines = units @ units.T - 2 * np.eye(40)
+    found = nearest_neighbours(treatment_profiles(treatments_only(meta, values), "DMSO"))["NSC"]
+    assert found.neighbour.tolist() == cosines.argmax(axis=1).tolist()
+    np.testing.assert_allclose(found.similarity, cosines.max(axis=1), atol=1e-14)
+
+
 def test_without_batches_there_is_no_nscb(wells):
     bare = Profiles(wells.meta.drop(columns="Metadata_Batch"), wells.values, wells.names)
     assert set(neighbours(bare, [])) == {"NSC"}
@@ -166,4 +178,5 @@ def test_without_batches_there_is_no_nscb(wells):
 def test_blocks_join(monkeypatch, wells):
     expected = neighbours(wells, [])
     monkeypatch.setattr("hcsdl.profiles.neighbours.BLOCK", 5)
+    monkeypatch.setattr("hcsdl.profiles.neighbours.PAIRS", 2)
     assert neighbours(wells, []) == expected

@@ -135,6 +135,30 @@ def test_tvn_whitens_controls_and_aligns_batches(wells):
     assert apart(normalise(stretched, ["tvn"], control="DMSO", regularisation=0.01).values) < 0.8 * apart(white.values)
 
 
+def test_tvn_and_regularised_sphering_are_their_definitions(wells):
+    """Powers of matrices by scipy's general routine, not by eigenvectors."""
+    from scipy.linalg import fractional_matrix_power as power
+
+    def covariance(rows: np.ndarray) -> np.ndarray:
+        return np.cov(rows, rowvar=False)
+
+    x, mask = wells.values, control(wells)
+    batches = wells.meta["Metadata_Batch"].to_numpy()
+    ridge = 0.3 * np.trace(covariance(x[mask])) / 12 * np.eye(12)
+    white = (x - x[mask].mean(axis=0)) @ power(covariance(x[mask]) + ridge, -0.5)
+    np.testing.assert_allclose(sphere(wells, mask, method="zca", regularisation=0.3).values, white, atol=1e-9)
+    z = (x - x[mask].mean(axis=0)) / x[mask].std(axis=0)
+    ridge = 0.3 * np.trace(covariance(z[mask])) / 12 * np.eye(12)
+    white = z @ power(covariance(z[mask]) + ridge, -0.5)
+    expected = np.empty_like(white)
+    for batch in set(batches):
+        mine = batches == batch
+        aligned = power(covariance(white[mask & mine]) + np.eye(12), -0.5) @ power(covariance(white[mask]) + np.eye(12), 0.5)
+        expected[mine] = white[mine] @ aligned
+    got = normalise(wells, ["tvn"], control="DMSO", regularisation=0.3).values  # whitened by PCA: the same but for a rotation
+    np.testing.assert_allclose(got @ got.T, expected @ expected.T, atol=1e-8)
+
+
 @pytest.mark.parametrize("steps", LADDER, ids="+".join)
 def test_rungs_are_pure_and_keep_the_type(wells, steps):
     """The input stays as it is, single precision stays single and gives nearly the same."""

@@ -97,6 +97,14 @@ def test_corrected_p_values_are_scipys():
     assert _benjamini_hochberg(p_values) == pytest.approx(false_discovery_control(p_values))
 
 
+def test_chance_that_does_as_well_counts():
+    """Three wells that rank perfectly among six controls do what one random ranking in 28 does; no p-value is below one over the rankings drawn."""
+    wells = as_profiles(draw_wells(effect=50.0, batch_effect=0.0))
+    table, _ = replicate_precision(wells, "DMSO", null_size=20_000)
+    assert (table["mAP"] == 1).all() and table["p_value"].to_numpy() == pytest.approx(1 / 28, rel=0.15)
+    assert set(moa_precision(treatment_profiles(wells, "DMSO"), null_size=100)[0]["p_value"]) == {1 / 101}
+
+
 def test_who_cannot_be_a_query_is_counted(wells):
     bare = wells.take(~((wells.meta["Metadata_Compound"] == "DMSO") & (wells.meta["Metadata_Plate"] == "Week0_1")).to_numpy())
     single = bare.take(~((bare.meta["Metadata_Compound"] == "compound 0b") & (bare.meta["Metadata_Plate"] != "Week1_0")).to_numpy())

@@ -34,6 +34,7 @@ def test_csv_and_parquet_are_one_table(tmp_path, table, name):
 
 
 def test_a_well_is_the_mean_of_its_fields_in_any_order(tmp_path, table):
+    table = table.drop(index=[3, 8])  # wells of one field among those of two
     wells = read_profiles(write(tmp_path, table)).wells
     expected = table.groupby(["Metadata_Plate", "Metadata_Well"])[list(wells.names)].mean()
     np.testing.assert_allclose(wells.values, expected.to_numpy(), rtol=1e-12)

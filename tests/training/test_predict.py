@@ -17,7 +17,7 @@ from hcsdl.data.sampling import evaluation_rows
 from hcsdl.distributed.group import Group
 from hcsdl.distributed.identity import Identity
 from hcsdl.kernels import Kernels, choose_kernels
-from hcsdl.training.predict import buffers_swapped, predict
+from hcsdl.training.predict import buffers_swapped, outputs, predict
 from tests.distributed.ranks import on_ranks
 
 FIELDS, CLASSES = 11, 4
@@ -145,3 +145,33 @@ def test_a_run_evaluates_with_the_averaged_statistics(tiny_plates: Path, tmp_pat
     assert len(seen) == 1 and averaged and all(torch.equal(seen[0][name], value) for name, value in averaged.items())
     assert all(torch.equal(buffer, own[name]) for name, buffer in run.bare.named_buffers()), "a rank keeps its own"
     assert int(fields.confusion.sum()) == run.plan.num_val_fields and int(wells.confusion.sum()) == run.plan.num_wells_val
+
+
+class Shapes(nn.Module):
+    """A network that gives two outputs and notes what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, ...]] = []
+        self.inner = network()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        self.seen.append(tuple(images.shape))
+        return images.mean((2, 3)), self.inner(images)
+
+
+def test_short_mini_batches_are_filled_up_and_cut_again() -> None:
+    model, kernels = Shapes(), choose_kernels("reference")
+    found = list(outputs(model, batches(list(range(FIELDS)), 4), kernels, pad_to=4))
+    assert [shape[0] for shape in model.seen] == [4, 4, 4] and [len(part[0]) for part in found] == [4, 4, 3]
+    assert all(len(part) == 4 and len(one) == len(part[0]) for part in found for one in part)
+    torch.testing.assert_close(torch.cat([part[3] for part in found]), expected(model.inner))
+    # What a field gives depends on nothing but the fields of its own mini-batch.
+    alone_found = list(outputs(model, batches(list(range(8, FIELDS)), 4), kernels, pad_to=4))
+    assert torch.equal(alone_found[0][3], found[2][3])
+
+
+def test_a_model_is_in_its_own_mode_between_mini_batches() -> None:
+    model = network().train()
+    for _ in outputs(model, batches(list(range(FIELDS)), 4), choose_kernels("reference")):
+        assert model.training
