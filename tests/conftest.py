@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import fcntl
+import signal
 from pathlib import Path
 
 import pytest
 
 from hcsdl.config import SimulateConfig
+
+
+def pytest_configure() -> None:
+    """Hear Ctrl-C also where a shell has started us in the background, which tells children to ignore it: tests send it to theirs."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

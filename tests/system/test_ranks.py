@@ -159,9 +159,9 @@ main()
     runner.write_text(script)
     launcher = f"""
 import sys
-import hcsdl.commands.train as train
-start = train.start_ranks
-train.start_ranks = lambda words, *rest: start([{str(runner)!r}, words[-1]], *rest)
+import hcsdl.commands.launch as launch
+start = launch.start_ranks
+launch.start_ranks = lambda words, *rest: start([{str(runner)!r}, *words[2:]], *rest)
 from hcsdl.commands.cli import main
 sys.exit(main())
 """
