@@ -15,11 +15,12 @@ INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 PLATES ?= plates/demo
 TESTS ?= tests
 HCSDL ?= $(VENV)/bin/hcsdl
-# Of `make screen`: its folder, which bbbc021_* plates, the folds of compounds, and settings given to every training.
+# Of `make screen`: its folder, which bbbc021_* plates, the folds of compounds, and settings given to every training and every embedding.
 SCREEN ?= runs/screen
 SIZE ?= reduced
 FOLDS ?= 0 1 2 3
 TRAIN ?=
+EMBED ?=
 
 .PHONY: env train screen test lint clean
 env: $(INSTALLED)
@@ -49,10 +50,10 @@ screen: env
 	$(HCSDL) simulate simulate=bbbc021_$(SIZE) plates.root=$(SCREEN)/plates
 	$(HCSDL) train $(run)/treatment
 	$(HCSDL) train $(run)/moa training.target=MoA
-	$(HCSDL) embed checkpoint=$(SCREEN)/treatment embed.output=$(SCREEN)/treatment/embeddings/random.parquet embed.weights=random
-	for run in treatment moa; do $(HCSDL) embed checkpoint=$(SCREEN)/$$run embed.output=$(SCREEN)/$$run/embeddings/plates.parquet || exit; done
-	for fold in $(FOLDS); do $(HCSDL) train $(run)/fold$$fold training.target=MoA plates.split=compound_folds plates.fold=$$fold training.epochs=8 && \
-		$(HCSDL) embed checkpoint=$(SCREEN)/fold$$fold embed.output=$(SCREEN)/fold$$fold/embeddings/plates.parquet || exit; done
+	$(HCSDL) embed checkpoint=$(SCREEN)/treatment embed.output=$(SCREEN)/treatment/embeddings/random.parquet embed.weights=random $(EMBED)
+	for run in treatment moa; do $(HCSDL) embed checkpoint=$(SCREEN)/$$run embed.output=$(SCREEN)/$$run/embeddings/plates.parquet $(EMBED) || exit; done
+	for fold in $(FOLDS); do $(HCSDL) train $(run)/fold$$fold training.target=MoA plates.split=compound_folds plates.fold=$$fold training.epochs=5 && \
+		$(HCSDL) embed checkpoint=$(SCREEN)/fold$$fold embed.output=$(SCREEN)/fold$$fold/embeddings/plates.parquet $(EMBED) || exit; done
 	$(HCSDL) score 'profiles=[$(SCREEN)/treatment/embeddings/plates.parquet,$(SCREEN)/treatment/embeddings/random.parquet,$(SCREEN)/moa/embeddings/plates.parquet]' \
 		'score.names=[treatments,random network,mechanisms]' score.output=$(SCREEN)/scores
 	$(HCSDL) score profiles=[$$(ls $(SCREEN)/fold*/embeddings/plates.parquet | paste -sd,)] score.folds=true score.output=$(SCREEN)/scores_folds

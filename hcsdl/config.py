@@ -292,7 +292,7 @@ class SimulateConfig(Checked):
     preset: str = option(
         "demo",
         "tiny: seconds, 128 × 160; demo: full resolution, six MoAs and DMSO; bbbc021_like: BBBC021's plate map, ten batches, full resolution; "
-        "bbbc021_reduced: one site of 512 × 640 of it; bbbc021_tiny: three MoAs of it, 128 × 160",
+        "bbbc021_reduced: 512 × 640 of it; bbbc021_tiny: three MoAs of it, 128 × 160",
         choices=("tiny", "demo", "bbbc021_like", "bbbc021_reduced", "bbbc021_tiny"),
     )
     effect: float = option(1.0, "strength of every compound's phenotype; 0: no compound does anything", low=0, high=10)

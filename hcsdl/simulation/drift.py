@@ -16,8 +16,28 @@ LARGEST_BLUR_PX = 2.0
 _BATCH, _WELL = 7, 8  # first words of the seeds of what is random here
 
 # sd of the logarithm of each factor, blur: sd in px
-OF_BATCH = {"gain": 0.3, "background": 0.3, "blur": 0.5, "density": 0.15, "nucleus": 0.06, "body": 0.06, "elongation": 0.1, "rim": 0.2, "potency": 0.3}
-OF_WELL = {"gain": 0.2, "background": 0.2, "blur": 0.3, "density": 0.2, "nucleus": 0.03, "body": 0.04, "elongation": 0.04, "rim": 0.1, "potency": 0.2}
+OF_BATCH = {
+    "gain": 0.3,
+    "background": 0.3,
+    "blur": 0.5,
+    "density": 0.15,
+    "nucleus": 0.06,
+    "body": 0.06,
+    "elongation": 0.1,
+    "rim": 0.2,
+    "potency": 0.3,
+}
+OF_WELL = {
+    "gain": 0.2,
+    "background": 0.2,
+    "blur": 0.3,
+    "density": 0.2,
+    "nucleus": 0.03,
+    "body": 0.04,
+    "elongation": 0.04,
+    "rim": 0.1,
+    "potency": 0.2,
+}
 
 
 @dataclass(frozen=True)
@@ -56,11 +76,16 @@ class Drift:
 def drift(seed: int, batch: int, plate: int, well: str, strength: float) -> Drift:
     """Return the drift of a well; `strength` multiplies every sd."""
     found = {}
-    levels = ((np.random.default_rng([seed, _BATCH, batch]), OF_BATCH), (np.random.default_rng([seed, _WELL, plate, *well.encode()]), OF_WELL))
+    levels = (
+        (np.random.default_rng([seed, _BATCH, batch]), OF_BATCH),
+        (np.random.default_rng([seed, _WELL, plate, *well.encode()]), OF_WELL),
+    )
     for name in OF_BATCH:
         channels = 3 if name in ("gain", "background") else 1
         drawn = [strength * sds[name] * rng.standard_normal(channels) for rng, sds in levels]
         found[name] = np.abs(drawn).sum(axis=0) if name == "blur" else np.exp(np.sum(drawn, axis=0))
     return Drift(
-        found["gain"], found["background"], *(float(found[n][0]) for n in ("blur", "density", "nucleus", "body", "elongation", "rim", "potency"))
+        found["gain"],
+        found["background"],
+        *(float(found[n][0]) for n in ("blur", "density", "nucleus", "body", "elongation", "rim", "potency")),
     )

@@ -80,9 +80,9 @@ _LIKE = Preset(
 )
 PRESETS |= {
     "bbbc021_like": _LIKE,
-    "bbbc021_reduced": replace(_LIKE, height_px=512, width_px=640, sites=1, taxol_wells=1),
+    "bbbc021_reduced": replace(_LIKE, height_px=512, width_px=640, taxol_wells=1),
     "bbbc021_tiny": replace(
-        _LIKE, height_px=128, width_px=160, sites=1, moas=3, compounds_per_moa=3, concentrations=1, control_wells=2, taxol_wells=1
+        _LIKE, height_px=128, width_px=160, sites=1, moas=3, compounds_per_moa=2, concentrations=1, control_wells=2, taxol_wells=1
     ),
 }
 
