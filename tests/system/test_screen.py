@@ -11,6 +11,8 @@ import pytest
 
 from tests.runs import environment, with_the_tests
 
+pytestmark = pytest.mark.timeout(900)  # the fixture is eleven commands
+
 ROOT = Path(__file__).parents[2]
 ALONE = "distributed.ranks=1 machine.threads_per_rank=1"
 SHORT = f"training.epochs=1 training.global_batch_size=12 training.baseline=false {ALONE}"
