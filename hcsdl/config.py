@@ -10,7 +10,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Union
 
 SPLITS = ("random_field", "random_well", "plate", "batch", "compound_folds")
 NORMALISATIONS = (
@@ -256,9 +256,12 @@ class TrainingConfig(Checked):
     epochs: float = option(20, "passes over the sampled fields", unit="epochs", above=0, high=1e6)
     max_steps: Optional[int] = option(None, "stop after this many steps; null: after training.epochs", unit="steps", low=1)
     global_batch_size: int = option(8, "fields an optimizer step, over all ranks", unit="fields", low=1)
-    mini_batch_size: Optional[int] = option(
-        None, "fields a rank takes at once; fewer than its share: gradients accumulate; null: its share", unit="fields", low=1
+    mini_batch_size: Optional[Union[int, str]] = option(
+        None,
+        "fields a rank takes at once, a number; fewer than its share: gradients accumulate; null: its share; auto: the most that fit into memory",
+        unit="fields",
     )
+    memory_share: float = option(0.8, "share of a node's memory that mini_batch_size=auto may fill", above=0, high=1)
     optimizer: str = option("sgd", "sgd (Nesterov), adamw or lars", choices=("sgd", "adamw", "lars"))
     learning_rate: float = option(0.05, "peak learning rate", above=0)
     warmup_learning_rate: float = option(0.0, "learning rate the warm-up starts from", low=0)
@@ -283,6 +286,17 @@ class TrainingConfig(Checked):
     )
     strict_budget: bool = option(False, "refuse to start what would outlast Slurm's time limit or the node's memory; false: warn")
     baseline: bool = option(True, "print a logistic regression on simple intensity features beside every figure")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.mini_batch_size
+        if not (size in (None, "auto") or (isinstance(size, int) and not isinstance(size, bool) and size >= 1)):
+            raise ConfigError(f"training.mini_batch_size must be a number from 1, null or auto. Got {size!r} instead.")
+
+    @property
+    def fixed_mini_batch(self) -> int | None:
+        """The mini-batch size where it is a number; None where it follows from the ranks or from the memory."""
+        return self.mini_batch_size if isinstance(self.mini_batch_size, int) else None
 
 
 @dataclass

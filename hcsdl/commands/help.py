@@ -73,5 +73,5 @@ def _type(hint: object) -> str:
     if typing.get_origin(hint) is list:
         return f"list[{_type(arguments[0])}]"
     if arguments:
-        return f"{_type(arguments[0])} or null"
+        return " or ".join([*map(_type, arguments), "null"])
     return getattr(hint, "__name__", str(hint))

@@ -72,7 +72,7 @@ def plan_ranks(config: TrainCommand) -> tuple[Place, ...]:
     machine, batch = read_machine(), config.training.global_batch_size
     ranks = ranks_asked_for(config.distributed)
     if ranks is None:
-        mini = config.training.mini_batch_size
+        mini = config.training.fixed_mini_batch
         ranks = next(
             (
                 r
@@ -95,7 +95,7 @@ def ranks_asked_for(distributed: DistributedConfig) -> int | None:
 
 def check_batch(config: TrainCommand, ranks: int) -> None:
     """Raise ConfigError where the global batch does not divide into equal mini-batches over `ranks` ranks."""
-    batch, mini = config.training.global_batch_size, config.training.mini_batch_size
+    batch, mini = config.training.global_batch_size, config.training.fixed_mini_batch
     if batch % ranks:
         raise ConfigError(
             f"training.global_batch_size must be a multiple of the number of ranks, {ranks}. Got {batch} instead: change it, or distributed.ranks."

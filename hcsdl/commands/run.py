@@ -33,15 +33,16 @@ from hcsdl.machine.topology import read_machine
 from hcsdl.models import build_model
 from hcsdl.models.weights import load_weights
 from hcsdl.plates.index import load_index
-from hcsdl.training.budget import evaluations_left, loader_gib, objections, optimizer_gib, predict_s, prediction
+from hcsdl.training.budget import evaluations_left, gib, loader_gib, objections, optimizer_gib, predict_s, prediction
 from hcsdl.training.checkpoint import Checkpoint, load_model_state, save_checkpoint
 from hcsdl.training.journal import Journal, Silence
 from hcsdl.training.loop import Parts, State, train
+from hcsdl.training.mini_batch import Footprint, Need, settle
 from hcsdl.training.objectives import build_objective
 from hcsdl.training.optimizers import SLOTS, build_optimizer
 from hcsdl.training.predict import buffers_swapped, predict
 from hcsdl.training.run_folder import RunFolder, write_atomically, write_json
-from hcsdl.training.step_time import probe
+from hcsdl.training.step_time import probe, throw_away
 from hcsdl.training.summary import versions
 
 if TYPE_CHECKING:
@@ -81,8 +82,10 @@ class Run:
             self.preprocessing = load_preprocessing(folder.preprocessing)
         else:
             self.preprocessing = Preprocessing.from_state_dict(checkpoint.preprocessing)
+        self.sampler_state = checkpoint.sampler if checkpoint and not foreign else {}
         self.labels = torch.from_numpy(class_numbers(self.index, self.plan.classes))
         self.sampler = make_sampler(config, self.index, self.plan.classes)
+        self.share = config.training.global_batch_size // self.group.world_size
         self.steps_per_epoch = self.sampler.pass_length / config.training.global_batch_size
         self.planned_steps = math.ceil(config.training.epochs * self.steps_per_epoch - 1e-9)
         self.total_steps = min(self.planned_steps, config.training.max_steps or self.planned_steps)
@@ -187,7 +190,6 @@ class Run:
             log.info("%s", text)
 
     def _train_loader(self, first_step: int, last_step: int) -> TrainLoader:
-        share = self.config.training.global_batch_size // self.group.world_size
         self.loader = TrainLoader(
             self.index,
             self.labels,
@@ -197,7 +199,7 @@ class Run:
             seed=self.config.seed,
             rank=self.group.rank,
             world_size=self.group.world_size,
-            mini_batch_size=self.config.training.mini_batch_size or share,
+            mini_batch_size=self.mini_batch_size,
             first_step=first_step,
             last_step=last_step,
         )
@@ -207,9 +209,9 @@ class Run:
 
     def train(self) -> None:
         """Run the loop to the last step."""
-        found = probe(self.model, self.group, self._throw_away_pass)
-        share = self.config.training.global_batch_size // self.group.world_size
-        mini_batches = share // (self.config.training.mini_batch_size or share)
+        self.mini_batch_size = self._settle_mini_batch()
+        found = probe(self.model, self.group, lambda: self._throw_away_pass(self.mini_batch_size))
+        mini_batches = self.share // self.mini_batch_size
         self.parts.clock.alone_s = mini_batches * found.alone_s if self.group.world_size > 1 else 0.0
         self._check_budget((mini_batches - 1) * found.alone_s + found.together_s)
         train(self.parts, self.state)
@@ -220,12 +222,7 @@ class Run:
         """Say when the run will end and what its fullest node will hold, a step taking `step_s`. Where a limit does not allow it, warn, or raise
         ConfigError with training.strict_budget; the same on every rank."""
         config, steps = self.config, self.total_steps - self.state.step
-        share = config.training.global_batch_size // self.group.world_size
-        mini = config.training.mini_batch_size or share
-        ready = max(config.data.prefetch, share // mini) + share // mini  # those of the step in use come on top
-        own_gib = peak_rss_gib() + loader_gib(ready, (mini, len(self.plan.channels), *self.plan.image_size))
-        if not self.optimizer.state:  # it comes with the first step
-            own_gib += optimizer_gib(sum(p.numel() for p in self.bare.parameters()), SLOTS[config.training.optimizer])
+        own_gib = peak_rss_gib() + self._besides_passes_gib(self.mini_batch_size)
         allowed = time_limit() if self.group.rank == 0 else None  # one question to Slurm, not one a rank
         told = self.group.all_gather_object((self.group.host, own_gib, memory_limit_gib(read_machine().memory_bytes), allowed))
         nodes = [
@@ -244,9 +241,43 @@ class Run:
         for text in wrong:
             self.journal.say(f"warning: {text}")
 
-    def _throw_away_pass(self) -> None:
-        share = self.config.training.global_batch_size // self.group.world_size
-        images = torch.zeros(self.config.training.mini_batch_size or share, len(self.plan.channels), *self.plan.image_size)
+    def _settle_mini_batch(self) -> int:
+        """Return how many fields a rank takes at once, as asked, as the checkpoint has it, or as many as fit into memory; say what was chosen.
+
+        Raises ConfigError, the same on every rank, where that does not fit.
+        """
+        training = self.config.training
+        auto, kept = training.mini_batch_size == "auto", self.sampler_state.get("mini_batch_size")
+        asked = kept if auto and kept and self.share % kept == 0 else None if auto else training.fixed_mini_batch or self.share
+        node_bytes = read_machine().memory_bytes
+        limit_gib = node_bytes / 2**30 if asked else memory_limit_gib(node_bytes)  # what the kernel enforces, or what Slurm has given us
+
+        def peak_after(fields: int) -> float:
+            if fields:
+                throw_away(self.model, self.group, lambda: self._throw_away_pass(fields))
+            return peak_rss_gib()
+
+        def gather(passes: Footprint) -> list[Need]:
+            fixed, field = self._besides_passes_gib(0), self._besides_passes_gib(1)
+            own = Footprint(passes.fixed_gib + fixed, passes.field_gib + field - fixed)
+            return self.group.all_gather_object(Need(self.group.host, own, limit_gib))
+
+        fields, peak_gib = settle(asked, self.share, training.memory_share, peak_after, gather)
+        if auto:
+            why = "as the run began with" if asked else f"predicted to fill {gib(peak_gib)} of {gib(limit_gib)} GiB of a node"
+            self.journal.say(f"mini-batches of {fields} field{'s' * (fields > 1)} a rank, {self.share // fields} a step: {why}")
+        return fields
+
+    def _besides_passes_gib(self, mini_batch_size: int) -> float:
+        """Return what this rank will hold besides its passes, in GiB: fields that stand ready, those of the step in use, the optimizer's state."""
+        fields = self.config.data.prefetch * mini_batch_size + 2 * self.share
+        held = loader_gib(1, (fields, len(self.plan.channels), *self.plan.image_size))
+        if not self.optimizer.state:  # it comes with the first step
+            held += optimizer_gib(sum(p.numel() for p in self.bare.parameters()), SLOTS[self.config.training.optimizer])
+        return held
+
+    def _throw_away_pass(self, fields: int) -> None:
+        images = torch.zeros(fields, len(self.plan.channels), *self.plan.image_size)
         images = images.contiguous(memory_format=torch.channels_last)  # as the loader gives them
         with self.kernels.autocast():
             logits = self.model(images)
@@ -257,10 +288,7 @@ class Run:
         table = self.index.table
         val = (table["Metadata_Split"] == "val").to_numpy().nonzero()[0]
         rows = val[evaluation_rows(len(val), self.group.rank, self.group.world_size)]
-        share = self.config.training.global_batch_size // self.group.world_size
-        loader = EvalLoader(
-            self.index, rows, self.labels, self.preprocessing, self.config.data, self.config.training.mini_batch_size or share
-        )
+        loader = EvalLoader(self.index, rows, self.labels, self.preprocessing, self.config.data, self.mini_batch_size)
         with buffers_swapped(self.bare, self.group.averaged_buffers(self.bare)):
             rows, labels, logits = predict(self.bare, loader, self.kernels, self.group)
         self.bad_fields |= loader.bad_fields
@@ -327,7 +355,7 @@ class Run:
                 index_hash=self.plan.index_hash,
                 backend=self.group.backend,
                 ran_on=self._ran_on(),
-                sampler={"step": state.step, "seed": self.config.seed} | self.sampler.describe(),
+                sampler={"step": state.step, "seed": self.config.seed, "mini_batch_size": self.mini_batch_size} | self.sampler.describe(),
             ),
             self.folder.checkpoints,
             keep=self.config.training.keep_checkpoints,

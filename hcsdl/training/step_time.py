@@ -94,8 +94,7 @@ def probe(model: torch.nn.Module, group: Group, one_pass: Callable[[], None]) ->
 
     def timed(alone: bool) -> float:
         begun = time.monotonic()
-        with model.no_sync() if alone and isinstance(model, DistributedDataParallel) else nullcontext():
-            group.guard("averaging of the gradients", one_pass)
+        _pass(model, group, one_pass, alone)
         return group.largest(time.monotonic() - begun)
 
     with _no_trace(model):
@@ -105,6 +104,17 @@ def probe(model: torch.nn.Module, group: Group, one_pass: Callable[[], None]) ->
         alone = statistics.median([first, *(timed(alone=True) for _ in range(times - 1))])
         together = statistics.median([timed(alone=False) for _ in range(times)]) if group.world_size > 1 else alone
     return Probe(alone, together)
+
+
+def throw_away(model: torch.nn.Module, group: Group, one_pass: Callable[[], None]) -> None:
+    """Make one call of `one_pass` without sending gradients, and leave no trace of it but the memory it took."""
+    with _no_trace(model):
+        _pass(model, group, one_pass, alone=True)
+
+
+def _pass(model: torch.nn.Module, group: Group, one_pass: Callable[[], None], alone: bool) -> None:
+    with model.no_sync() if alone and isinstance(model, DistributedDataParallel) else nullcontext():
+        group.guard("averaging of the gradients", one_pass)
 
 
 @contextmanager
