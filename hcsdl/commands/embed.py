@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,7 +83,11 @@ def completed(config: EmbedCommand, training: RunFolder) -> EmbedCommand:
     plates, own = config.plates, trained.plates
     if plates.root is None:
         plates = ScreenConfig(
-            own.root, plates.cache or own.cache, plates.query or own.query, own.control, plates.pixel_size_um or own.pixel_size_um
+            trained_root(training, str(own.root)),
+            plates.cache or own.cache,
+            plates.query or own.query,
+            own.control,
+            plates.pixel_size_um or own.pixel_size_um,
         )
     plates = replace(plates, root=str(Path(str(plates.root)).expanduser().absolute()))
     output = (
@@ -91,6 +96,15 @@ def completed(config: EmbedCommand, training: RunFolder) -> EmbedCommand:
     if output.suffix != ".parquet":
         raise ConfigError(f"embed.output must end in .parquet. Got {output} instead.")
     return replace(config, plates=plates, embed=replace(config.embed, output=str(output.absolute())))
+
+
+def trained_root(training: RunFolder, given: str) -> str:
+    """Return the folder of a run's plates, `given` in its settings; where that is relative, as it was where the training was started."""
+    about = training.index.with_suffix(".json")
+    if Path(given).expanduser().is_absolute() or not about.is_file():
+        return given
+    kept = json.loads(about.read_text(encoding="utf-8"))["root"]
+    return kept if Path(kept).is_dir() else given
 
 
 def default_name(config: EmbedCommand, root: str) -> str:
@@ -146,7 +160,28 @@ def finished(folder: WorkFolder, config: EmbedCommand, training: RunFolder) -> b
                 f"an embedding goes on with its own settings. In {folder.path} {', '.join(changed[:3])}; name another embed.output, or "
                 "remove that folder."
             )
+        if folder.plan.exists():
+            _go_on(json.loads(folder.plan.read_text(encoding="utf-8")), folder, config, training)
     return False
+
+
+def _go_on(begun: dict, folder: WorkFolder, config: EmbedCommand, training: RunFolder) -> None:
+    """Say with which checkpoint an embedding goes on: the one it began with, though the run may have a later one by now.
+
+    Raises ConfigError where another is asked for.
+    """
+    path = Path(str(config.checkpoint)).absolute()
+    named = path if path.is_file() else training.checkpoints / begun["checkpoint"]
+    if named.is_file():
+        same = sha256(named) == begun["checkpoint_sha256"]
+    else:  # the run has dropped it since
+        same = begun["run"] == str(training.path.resolve())
+    if not same or (path.is_dir() and not begun["checkpoint"].startswith("step-")):
+        raise ConfigError(
+            f"an embedding goes on with the checkpoint it began with. In {folder.path} that was {begun['checkpoint']} of {begun['run']}, and not "
+            f"what {config.checkpoint} is now; name another embed.output, or remove that folder."
+        )
+    log.info("going on with %s, as begun.", begun["checkpoint"])
 
 
 def deciding(config: EmbedCommand) -> dict[str, object]:
@@ -192,9 +227,18 @@ def prepare_embedding(folder: WorkFolder, config: EmbedCommand, training: RunFol
         link_or_copy(source, folder.checkpoint)
     with affinity_kept():
         from hcsdl.training.checkpoint import load_checkpoint  # imports torch
-    checkpoint = load_checkpoint(folder.checkpoint)
+    try:
+        checkpoint = load_checkpoint(folder.checkpoint)
+    except DataError as error:  # of our link to it, which goes when nothing comes of it
+        raise DataError(str(error).replace(str(folder.checkpoint), str(find_file(config, training)))) from error
     trained: TrainCommand = from_yaml("train", training.config.read_text(encoding="utf-8"))  # type: ignore[assignment]
     plan, run_index = load_plan(training.plan), load_index(training.path)
+    if (checkpoint.classes, list(checkpoint.channels)) != (plan.classes, list(run_index.channels)):
+        raise DataError(
+            f"a checkpoint must be of the run it lies in. {find_file(config, training)} is of {len(checkpoint.classes)} classes "
+            f"({_some(checkpoint.classes)}) and channels {', '.join(checkpoint.channels)}, the run of {len(plan.classes)} ({_some(plan.classes)}) "
+            f"and {', '.join(run_index.channels)}: name a checkpoint of {training.path}."
+        )
 
     index, skipped = fields_to_embed(config, folder)
     fitted = Preprocessing.from_state_dict(checkpoint.preprocessing)
@@ -219,6 +263,10 @@ def prepare_embedding(folder: WorkFolder, config: EmbedCommand, training: RunFol
         write_json(folder.plan, about)
     index.save(folder.path)
     write_atomically(folder.config, to_yaml(config).encode())
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
 
 
 def link_or_copy(path: Path, new: Path) -> None:

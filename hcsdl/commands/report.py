@@ -13,7 +13,8 @@ from functools import cache, partial
 from pathlib import Path
 
 from hcsdl.commands.compose import compose_command, from_yaml, to_overrides
-from hcsdl.commands.report_fields import fields_section, find_plates
+from hcsdl.commands.output import make_folder, writing
+from hcsdl.commands.report_fields import fields_section, find_plates, find_preprocessing
 from hcsdl.commands.report_profiles import Screen, choose_compound, compounds_section, read_screen, wells_section
 from hcsdl.config import ConfigError, DataError, ReportCommand
 from hcsdl.profiles.provenance import find_provenance
@@ -52,18 +53,19 @@ def run(config: ReportCommand) -> int:
     screen = read_screen(inputs.profiles, inputs.scores) if inputs.profiles else None
     chosen = choose_compound(screen, evidence, config.report.compound)
     plates = cache(partial(find_plates, inputs.run, inputs.profiles, config.report.plates))
+    shown = cache(partial(find_preprocessing, inputs.run, inputs.profiles))
     sections = [
         parts.scores_section(inputs.scores),
-        parts.mechanisms_section(evidence, inputs.run),
+        parts.mechanisms_section(evidence, inputs.run, scored=bool(inputs.scores)),
         wells_section(screen, config.report.columns),
-        compounds_section(screen, evidence, chosen, inputs.run, plates),
-        fields_section(screen.table if screen else None, inputs.run, plates, config.report.fields),
+        compounds_section(screen, evidence, chosen, inputs.run, plates, shown),
+        fields_section(screen.table if screen else None, inputs.run, plates, shown, config.report.fields),
         parts.comparison_section(inputs.runs),
         parts.training_section(inputs.run),
         parts.machine_section(inputs.run, _command(inputs.run)),
     ]
     answers = _answers(inputs, evidence, screen)
-    folder = _make_folder(config.report.output)
+    folder = make_folder("report.output", config.report.output, "reports", "pictures")
     head = Head(config.report.title or _title(inputs), _subtitle(inputs), _warnings(inputs), WORDS if evidence is not None else "")
     _write(folder, head, answers, sections)
     print(f"written to {folder / 'report.html'}, {sum(len(s.pictures) for s in sections)} pictures in {folder / 'pictures'}")
@@ -157,23 +159,12 @@ def _warnings(inputs: Inputs) -> list[str]:
     return warnings
 
 
-def _make_folder(output: str | None) -> Path:
-    folder = Path(output) if output else Path("reports") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    try:
-        (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"report.output must be a folder that can be made. {folder}: {error.strerror}.") from error
-    return folder
-
-
 def _write(folder: Path, head: Head, answers: Sequence[Answer], sections: Sequence[Section]) -> None:
     images = {}
-    try:
+    with writing("report.output", folder):
         for section in sections:
             for picture in section.pictures:
                 png, _ = save(picture, folder / "pictures")
                 images[picture.name] = data_uri(*encode(png, photographic=picture.photographic))
         page = render_page(head, answers, sections, images)
         (folder / "report.html").write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"report.output must be writable. {folder}: {error.strerror}.") from error

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from hcsdl.config import ConfigError, DataError, ScoreConfig
-from hcsdl.data.preprocessing import load_preprocessing
+from hcsdl.data.preprocessing import Preprocessing
 from hcsdl.plates.index import Index
 from hcsdl.profiles.normalise import normalise, usable_features
 from hcsdl.profiles.predictions import find_target
@@ -49,7 +49,14 @@ def read_screen(path: Path, scores: Sequence[ScoreRecord]) -> Screen:
     table = read_profiles(path, control=settings["control"])
     wells, _ = usable_features(table.wells)
     pipeline = tuple(settings["pipeline"])
-    wells = normalise(wells, pipeline, control=settings["control"], regularisation=settings["regularisation"])
+    try:
+        wells = normalise(wells, pipeline, control=settings["control"], regularisation=settings["regularisation"])
+    except DataError as error:
+        if scores:
+            raise
+        raise DataError(
+            f"{error} A report takes the pipeline of its scores: `hcsdl score profiles={path}` with one that fits, then give its folder as scores=."
+        ) from error
     return Screen(table, wells, pipeline, settings["control"])
 
 
@@ -141,6 +148,7 @@ def compounds_section(
     chosen: tuple[str, str | None] | None,
     run: RunRecord | None,
     plates: Callable[[], Index],
+    shown: Callable[[], Preprocessing | None],
 ) -> Section:
     """Return the ranking of compounds, those of unknown mechanism, and one compound closely: dose response, nearest treatments, their fields.
 
@@ -148,6 +156,7 @@ def compounds_section(
     ----------
     chosen : of `choose_compound`.
     plates : returns the index of the plates, or raises DataError where they are not there.
+    shown : returns how fields are scaled to be shown, None: not; or raises DataError.
     """
     section = Section("compounds", "Compounds: which to look at next")
     if evidence is not None:
@@ -179,8 +188,7 @@ def compounds_section(
     try:
         examples = example_rows(table.rows, [name, *nearest["Treatment"]])
         index = plates()
-        preprocessing = load_preprocessing(run.path / "preprocessing.npz") if run is not None else None
-        images = read_fields(index, examples, preprocessing)
+        images = read_fields(index, examples, shown())
         moa = examples["Metadata_MoA"].iloc[0] if "Metadata_MoA" in examples else None
         pixel_size = run.config["plates"]["pixel_size_um"] if run is not None else None
         section.pictures.append(neighbours_picture(name, moa, nearest, images, index.channels, pixel_size_um=pixel_size))

@@ -7,11 +7,11 @@ In: a `ScoreCommand`. Out: tables on standard output; in the output folder `scor
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
 
+from hcsdl.commands.output import make_folder, writing
 from hcsdl.config import ConfigError, DataError, ScoreCommand
 from hcsdl.plates.splits import count_folds
 from hcsdl.profiles.comparison import compare
@@ -60,7 +60,7 @@ def run(config: ScoreCommand) -> int:
     )
     provenances = [find_provenance(path) for path in paths]
     names = table_names(paths, config.score.names, provenances)
-    folder = _make_folder(config.score.output)
+    folder = make_folder("score.output", config.score.output, "scores")
     result = {
         "schema_version": SCHEMA_VERSION,
         "settings": asdict(settings),
@@ -74,10 +74,8 @@ def run(config: ScoreCommand) -> int:
         result["folds"] = _merge(names, tables, provenances, settings)
     else:
         _score_all(names, paths, provenances, config, settings, result, folder)
-    try:
+    with writing("score.output", folder):
         write_json(folder / "scores.json", result)
-    except OSError as error:
-        raise ConfigError(f"score.output must be writable. {folder}: {error.strerror}.") from error
     print(f"\nwritten to {folder}")
     return 0
 
@@ -219,7 +217,7 @@ def _save_tables(scored: list[TableScores], marks: dict[str, str], folder: Path)
             for kind, table in scores.precision.items()
         ],
     }
-    try:
+    with writing("score.output", folder):
         for name, tables in parts.items():
             if tables:
                 pd.concat(tables, ignore_index=True).to_csv(folder / name, index=False)
@@ -229,8 +227,6 @@ def _save_tables(scored: list[TableScores], marks: dict[str, str], folder: Path)
                 values = pd.DataFrame(profiles.values, columns=list(profiles.names))
                 stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in scores.name)
                 pd.concat([profiles.meta, values], axis=1).to_parquet(folder / f"profiles_{stem}.parquet")
-    except OSError as error:
-        raise ConfigError(f"score.output must be writable. {folder}: {error.strerror}.") from error
 
 
 def _merge(names: list[str], tables: list[ProfileTable], provenances: list[Provenance | None], settings: Settings) -> dict:
@@ -270,12 +266,3 @@ def _leak_of_folds(names: list[str], tables: list[ProfileTable], provenances: li
             raise DataError(f"A fold's network must not have seen what it holds out. {name}: {known.sentence}")
         unknown = known if known.kind == "unknown" else unknown
     return unknown or Leak("none", "Every fold's run trained on none of the compounds it is scored on.")
-
-
-def _make_folder(output: str | None) -> Path:
-    folder = Path(output) if output else Path("scores") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"score.output must be a folder that can be made. {folder}: {error.strerror}.") from error
-    return folder

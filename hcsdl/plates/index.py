@@ -67,7 +67,7 @@ class Index:
             "schema_version": SCHEMA_VERSION,
             "hash": self.hash,
             "channels": list(self.channels),
-            "root": str(self.root),
+            "root": str(self.root.absolute()),
             "fields": len(self.table),
             "notes": list(self.notes),
         }

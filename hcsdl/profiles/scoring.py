@@ -154,7 +154,9 @@ def _climb(scores: TableScores, wells: Profiles, settings: Settings) -> pd.DataF
         if chosen:
             if len(normal.names) < len(wells.names) and not {"select"} & set(steps):
                 fewer = len(wells.names) - len(normal.names)
-                scores.notes.append(f"{fewer} features do not vary in some plate's reference wells: dropped, {len(normal.names)} kept.")
+                scores.notes.append(
+                    f"{fewer} of {fewer + len(normal.names)} features do not vary in some plate's reference wells: dropped, {len(normal.names)} kept."
+                )
             if _has_moas(normal, settings.control):
                 _score_chosen(scores, method, settings)
             _score_replicates(scores, normal, settings)

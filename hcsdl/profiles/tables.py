@@ -6,6 +6,7 @@ predicted. Promised: row order does not matter, and whatever is left out is coun
 
 from __future__ import annotations
 
+import csv
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -86,7 +87,7 @@ def read_profiles(
 
     Parameters
     ----------
-    path : `.parquet`, `.csv`, `.csv.gz` or other CSV that pandas reads.
+    path : `.parquet`, `.csv`, `.csv.gz` or other CSV that pandas reads, in UTF-8, its columns parted by comma, semicolon or tab.
     columns : `Metadata_Plate:Its_Name` pairs for metadata columns of another name. Unmapped, `Metadata_X`, `Image_Metadata_X`, and either in
         another case stand for `Metadata_X`.
     features : beginnings of the feature columns' names. Empty: `Embedding_`; else CellProfiler's compartments; else every other number.
@@ -142,12 +143,21 @@ def _read(path: Path) -> pd.DataFrame:
         raise DataError(f"profiles must name a table, .parquet or .csv. {path} is no file.")
     try:
         if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        names = pd.read_csv(path, nrows=0).columns
+            return pd.read_parquet(path, page_checksum_verification=True)
+        separator = _separator(path)
+        names = pd.read_csv(path, nrows=0, sep=separator).columns
         text = {name: str for name in names if "metadata_" in name.lower()}
-        return pd.read_csv(path, dtype=text, na_values=["nan", "NaN", ""], keep_default_na=False, low_memory=False)
+        return pd.read_csv(path, dtype=text, na_values=["nan", "NaN", ""], keep_default_na=False, low_memory=False, sep=separator)
+    except UnicodeDecodeError as error:
+        raise DataError(f"profiles must be a table in UTF-8, or parquet. {path} is in another encoding ({error}): save it anew.") from error
     except (OSError, EOFError, ValueError) as error:  # parser, Unicode and Arrow errors are ValueErrors
         raise DataError(f"profiles must be a CSV or parquet table. {path} cannot be read: {' '.join(str(error).split())}.") from error
+
+
+def _separator(path: Path) -> str:
+    """Return what parts the columns of a CSV file: of comma, semicolon and tab the one that its first line holds most of."""
+    head = pd.read_csv(path, nrows=1, header=None, sep="\0", quoting=csv.QUOTE_NONE, dtype=str).iat[0, 0]
+    return max(",;\t", key=head.count)
 
 
 def _named(frame: pd.DataFrame, path: Path, columns: Sequence[str], notes: list[str]) -> pd.DataFrame:
@@ -214,15 +224,13 @@ def _feature_columns(frame: pd.DataFrame, path: Path, features: Sequence[str]) -
         chosen = [n for n in names if n.startswith(tuple(features))]
         textual = [n for n in chosen if not _is_number(frame[n])]
         if textual:
-            raise DataError(
-                f"Features must be numbers. {textual[0]} in {path} holds {frame[textual[0]].iloc[0]!r}; choose with score.features."
-            )
+            raise DataError(f"Features must be numbers. {_first_text(frame, textual[0], path)}; choose with score.features.")
         return chosen
     for beginnings in ((LEARNED,), CELLPROFILER):
         chosen = [n for n in names if n.startswith(beginnings)]
         textual = [n for n in chosen if not _is_number(frame[n])]
         if textual:
-            raise DataError(f"Features must be numbers. {textual[0]} in {path} does not; mend it, or choose with score.features.")
+            raise DataError(f"Features must be numbers. {_first_text(frame, textual[0], path)}; mend it, or choose with score.features.")
         if chosen:
             return chosen
     chosen = [n for n in names if not n.startswith(APART) and n not in NUMBERS and _is_number(frame[n])]
@@ -230,6 +238,14 @@ def _feature_columns(frame: pd.DataFrame, path: Path, features: Sequence[str]) -
     if not chosen:
         raise DataError(f"{path} must have feature columns of numbers. It has {_some(names)}: name their beginnings with score.features.")
     return chosen
+
+
+def _first_text(frame: pd.DataFrame, name: str, path: Path) -> str:
+    """Return a sentence on the first value of a column that is no number."""
+    column = frame[name]
+    wrong = column.notna() & pd.to_numeric(column, errors="coerce").isna()
+    value = column[wrong].iloc[0] if wrong.any() else column.iloc[0]
+    return f"{name} in {path} holds {value!r}"
 
 
 def _is_number(column: pd.Series) -> bool:
@@ -257,16 +273,17 @@ def _metadata(frame: pd.DataFrame, path: Path, control: str, notes: list[str]) -
     is_control = meta["Metadata_Compound"] == control
     if "Metadata_Concentration" in meta:
         doses = pd.to_numeric(meta["Metadata_Concentration"], errors="coerce")
-        bad = doses.isna() & meta["Metadata_Concentration"].notna()
+        bad = (doses.isna() & meta["Metadata_Concentration"].notna()) | (doses < 0) | np.isinf(doses)
         if bad.any():
             raise DataError(
-                f"Metadata_Concentration in {path} must be a number. A row has {meta['Metadata_Concentration'][bad].iloc[0]!r}."
+                f"Metadata_Concentration in {path} must be a number, 0 or more, without a unit. A row has "
+                f"{meta['Metadata_Concentration'][bad].iloc[0]!r}; a logarithm or a name of a dose can be part of Metadata_Treatment instead."
             )
         meta["Metadata_Concentration"] = doses.astype(float)
     if "Metadata_Treatment" not in meta:
         treatment = meta["Metadata_Compound"]
         if "Metadata_Concentration" in meta:
-            doses = meta["Metadata_Concentration"].map(" {:g}".format, na_action="ignore").fillna("")
+            doses = meta["Metadata_Concentration"].map(lambda dose: "" if np.isnan(dose) else f" {dose:g}")
             treatment = treatment.where(is_control, treatment + doses)
         else:
             notes.append("There is no Metadata_Concentration: a compound is a treatment.")

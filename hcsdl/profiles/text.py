@@ -115,6 +115,8 @@ def _precision(scores: TableScores, kind: str, table: pd.DataFrame, mark: str) -
     against = (
         "wells of a treatment against controls of the plate" if kind == "replicates" else "treatments of a mechanism against the others"
     )
+    if not figures["groups"]:
+        return [f"mean average precision of {kind} ({against}): cannot be, {left_out} could be no query{mark}"]
     head = (
         f"mean average precision of {kind} ({against}): {figures['mAP']:.3f}, {figures['significant']:.0%} of {figures['groups']} with corrected "
         f"p < 0.05, {left_out} could be no query{mark}"

@@ -76,7 +76,7 @@ def attention_picture(
         scale, ax=list(grid[-1]), location="bottom", shrink=0.6, aspect=40, pad=0.02, label="attention (share of the field's highest)"
     )
     reading = (
-        f"Left, the whole field; right, in bright colours what of it speaks for {unit} (Grad-CAM, a point of the network's last map stands for "
+        f"Left, what the network is given of a field; right, in bright colours what of it speaks for {unit} (Grad-CAM, a point of the network's last map stands for "
         f"{shape[0] // views[0].heat.shape[0]} pixels a side): it should lie on cells, not on empty ground, dirt or the field's rim."
     )
     return Picture(name, _title(views), reading, figure, photographic=True)

@@ -51,7 +51,7 @@ def _confusion_title(counts: np.ndarray, classes: Sequence[str], unit: str) -> s
     right, total, worst = int(np.trace(counts)), int(counts.sum()), largest_confusion(counts, classes)
     if worst is None:
         return f"All {total} {unit} are recognised"
-    return f"{worst[0]} are most often taken for {worst[1]} ({worst[2]} {unit}); {right} of {total} are right"
+    return f"{worst[0]} are most often taken for {worst[1]} ({worst[2]} of {int(counts[list(classes).index(worst[0])].sum())} {unit}); {right} of {total} are right"
 
 
 @styled()
@@ -125,7 +125,7 @@ def recall_title(table: pd.DataFrame, unit: str) -> str:
         return f"Every class is recognised in all of its {unit}"
     worst = known[known["recall"] == known["recall"].min()]
     first = worst.iloc[0]
-    of = f"{int(first['hits'])} of {int(first['total'])}" if len(worst) == 1 else f"{first['recall']:.0%}"
+    of = f"{int(first['hits'])} of {int(first['total'])}" if len(worst) == 1 else f"{first['recall']:.0%} of"
     right = int((known["recall"] == 1).sum())
     rest = f"{right} of {len(known)} classes are" if right else f"none of {len(known)} classes is"
     return f"{_names(list(worst['class']))}: recognised least, {of} {unit}; {rest} always right"

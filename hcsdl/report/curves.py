@@ -121,7 +121,7 @@ def speed_picture(steps: Sequence[dict], summary: dict, *, name: str = "speed") 
     figure.legend(*lower.get_legend_handles_labels(), loc="outside lower left", ncols=1)
     waits = [(spent[PARTS[key]] / total, PARTS[key]) for key in ("data_s", "exposed_communication_s")]
     share, what = max(waits)
-    title = f"{summary['images_per_s']:.3g} images/s on {summary['world_size']} ranks; " + (
+    title = f"{summary['images_per_s']:.3g} images/s on {summary['world_size']} rank{'s' * (summary['world_size'] > 1)}; " + (
         f"{share:.0%} of a step is {what}"
         if share >= 0.1
         else f"{spent[PARTS['forward_backward_s']] / total:.0%} of a step is the network itself"

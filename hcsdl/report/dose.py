@@ -72,8 +72,10 @@ def dose_picture(
             f"A dose response needs a compound of the table and its Metadata_Concentration. Got {compound!r}; there are {there} …."
         )
     wells, values = well_probabilities(rows, mechanism_probabilities(rows, probabilities, target, compound))
-    mine = (wells["Metadata_Compound"] == compound).to_numpy()
     doses = wells["Metadata_Concentration"].to_numpy(dtype=float)
+    mine = (wells["Metadata_Compound"] == compound).to_numpy() & ~np.isnan(doses)
+    if not mine.any():
+        raise ConfigError(f"A dose response needs concentrations. No well of {compound} has one.")
     own = _own_mechanism(wells[mine])
     shown = _shown(values[mine], own)
     levels = np.unique(doses[mine])

@@ -173,7 +173,13 @@ def caption(axes: Axes, shape: tuple[int, int], text: str, size: float = 8.5) ->
 
 @styled()
 def fields_picture(
-    views: Sequence[FieldView], channels: Sequence[str], *, name: str, title: str, pixel_size_um: float | None = None
+    views: Sequence[FieldView],
+    channels: Sequence[str],
+    *,
+    name: str,
+    title: str,
+    pixel_size_um: float | None = None,
+    scaled: bool = False,
 ) -> Picture:
     """Return a sheet: a field a row, whole on the left, a part of it pixel by pixel on the right: the mixture, and every channel in grey.
 
@@ -182,6 +188,7 @@ def fields_picture(
     views : at least one, all of one number of channels; every channel's contrast is theirs together.
     channels : C names.
     pixel_size_um : edge of a pixel in µm; None: unknown.
+    scaled : whether the images went through a network's preprocessing, which the picture's reader must know.
     """
     limits = contrast([view.image for view in views])
     panels = [None, *range(len(channels))] if len(channels) > 1 else [0]
@@ -211,7 +218,7 @@ def fields_picture(
             caption(axes, piece.shape[1:], "all channels" if channel is None else channels[channel])
             if number == len(panels) - 1:
                 scale_bar(axes, piece.shape[1:], pixel_size_um)
-    return Picture(name, title, _reading(channels), figure, photographic=True)
+    return Picture(name, title, _reading(channels, scaled), figure, photographic=True)
 
 
 def _crop_size(height_in: float, width_in: float) -> tuple[int, int]:
@@ -219,12 +226,14 @@ def _crop_size(height_in: float, width_in: float) -> tuple[int, int]:
     return int(height_in * DPI), int(width_in * DPI)
 
 
-def _reading(channels: Sequence[str]) -> str:
+def _reading(channels: Sequence[str], scaled: bool) -> str:
     colours = ", ".join(f"{channel} {colour}" for channel, colour in zip(channels, LIGHTS, strict=False))
     mixture = f" ({colours})" if len(channels) > 1 else ""
     return (
         f"Left, the whole field{mixture}; right, the part in the box pixel by pixel, all channels and each in grey; black and white are "
-        f"the {LOW:g}st and {HIGH:g}th percentile of a channel over all fields of the picture, so that fields can be compared."
+        f"the {LOW:g}st and {HIGH:g}th percentile of a channel over all fields of the picture"
+        + (", scaled plate by plate as the network gets them" if scaled else ", as stored")
+        + ", so that fields can be compared."
     )
 
 
@@ -236,7 +245,13 @@ def _lines(row: object) -> str:
 
 
 def prediction_pictures(
-    best: pd.DataFrame, worst: pd.DataFrame, images: Sequence[np.ndarray], channels: Sequence[str], *, pixel_size_um: float | None = None
+    best: pd.DataFrame,
+    worst: pd.DataFrame,
+    images: Sequence[np.ndarray],
+    channels: Sequence[str],
+    *,
+    pixel_size_um: float | None = None,
+    scaled: bool = False,
 ) -> list[Picture]:
     """Return the sheets of the best and of the worst predicted fields; of a group without fields, none.
 
@@ -244,17 +259,17 @@ def prediction_pictures(
     ----------
     best, worst : of `best_and_worst`.
     images : their fields, best first.
+    scaled : whether they went through a network's preprocessing.
     """
+    how = {"pixel_size_um": pixel_size_um, "scaled": scaled}
     views = [FieldView(image, _lines(row)) for row, image in zip([*best.itertuples(), *worst.itertuples()], images, strict=True)]
     pictures = []
     if len(best):
         classes = list(dict.fromkeys(best["Label"]))
         title = f"Surest and right: {_listed(classes)}, each field with {best['Label_Probability'].min():.2f} or more for its own class"
-        pictures.append(fields_picture(views[: len(best)], channels, name="fields_best", title=title, pixel_size_um=pixel_size_um))
+        pictures.append(fields_picture(views[: len(best)], channels, name="fields_best", title=title, **how))
     if len(worst):
-        pictures.append(
-            fields_picture(views[len(best) :], channels, name="fields_worst", title=_worst_title(worst), pixel_size_um=pixel_size_um)
-        )
+        pictures.append(fields_picture(views[len(best) :], channels, name="fields_worst", title=_worst_title(worst), **how))
     return pictures
 
 
@@ -264,7 +279,7 @@ def _worst_title(worst: pd.DataFrame) -> str:
         return f"No field is misread; the least sure give their own class {worst['Label_Probability'].min():.2f} to {worst['Label_Probability'].max():.2f}"
     first = wrong.iloc[0]
     return f"Surest and wrong: {first['Label']} taken for {first['Predicted']} with {first['Probability']:.2f}" + (
-        f", and {len(wrong) - 1} others" if len(wrong) > 1 else ""
+        "" if len(wrong) < 2 else f", and {len(wrong) - 1} other{'s' if len(wrong) > 2 else ''}"
     )
 
 

@@ -167,7 +167,9 @@ def _by_concentration(found: WellMap, wells: Profiles, is_control: np.ndarray, c
     drawn = axes.scatter(
         *found.points[order].T, s=size, c=doses[order], cmap=SEQUENTIAL, norm=LogNorm(), linewidths=0.3, edgecolors="white"
     )
-    figure.colorbar(drawn, ax=axes, label="concentration (unit of the plates' list)", location="bottom", shrink=0.7, aspect=35, pad=0.02)
+    figure.colorbar(
+        drawn, ax=axes, label="concentration (unit of the plates' list)", location="bottom", shrink=0.7, aspect=35, pad=0.02, format="{x:g}"
+    )
     if is_control.any():
         axes.legend(loc="best")
     reading = "Each marker is a well, placed by PCA of its profile; a compound that acts moves away from the controls as its colour turns to yellow."

@@ -24,6 +24,8 @@ WIDTH_IN = 6.4
 """Width of a figure: at 500 px of page its 10.5 pt text is about 10 px high."""
 
 DPI = 200
+QUALITY = 85  # of JPEG
+EMBEDDED = re.compile(r"data:image/png;base64,\s*([A-Za-z0-9+/=\s]+)")  # an image in matplotlib's SVG
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 """Okabe and Ito's palette (https://jfly.uni-koeln.de/color), its yellow, too pale on white, replaced by a dark ochre (a guess)."""
@@ -54,6 +56,7 @@ STYLE = {
     "savefig.facecolor": "white",
     "svg.fonttype": "none",  # text stays text, for whoever edits the picture
     "svg.hashsalt": "hcsdl",
+    "text.parse_math": False,  # names may hold dollar signs
 }
 
 
@@ -115,12 +118,28 @@ def safe_name(text: str) -> str:
 
 
 def save(picture: Picture, folder: Path) -> tuple[Path, Path]:
-    """Write `<folder>/<name>.png` and `.svg` and return their paths. Raises OSError."""
+    """Write `<folder>/<name>.png` and `.svg` and return their paths; the images of photographic drawings are JPEG. Raises OSError."""
     paths = folder / f"{picture.name}.png", folder / f"{picture.name}.svg"
     with styled():
         picture.figure.savefig(paths[0], dpi=DPI, metadata={"Title": picture.title, "Description": picture.reading, "Software": None})
-        picture.figure.savefig(paths[1], dpi=DPI, metadata={"Title": picture.title, "Description": picture.reading, "Date": None})
+        drawing = io.StringIO()
+        metadata = {"Title": picture.title, "Description": picture.reading, "Date": None}
+        picture.figure.savefig(drawing, dpi=DPI, format="svg", metadata=metadata)
+    text = drawing.getvalue()
+    paths[1].write_text(EMBEDDED.sub(_as_jpeg, text) if picture.photographic else text, encoding="utf-8")
     return paths
+
+
+def _as_jpeg(found: re.Match) -> str:
+    """Return an image embedded in a drawing as JPEG, where it is opaque: a tenth of the size."""
+    from PIL import Image
+
+    result = io.BytesIO()
+    with Image.open(io.BytesIO(base64.b64decode(found[1]))) as image:
+        if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 255:
+            return found[0]
+        image.convert("RGB").save(result, "JPEG", quality=QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(result.getvalue()).decode()}"
 
 
 def encode(png: Path | BinaryIO, *, photographic: bool) -> tuple[bytes, str]:
@@ -131,7 +150,7 @@ def encode(png: Path | BinaryIO, *, photographic: bool) -> tuple[bytes, str]:
     with Image.open(png) as opened:
         image = opened.convert("RGB")
     if photographic:
-        image.save(result, "JPEG", quality=85)
+        image.save(result, "JPEG", quality=QUALITY)
         return result.getvalue(), "image/jpeg"
     image.quantize(256, dither=Image.Dither.NONE).save(result, "PNG", optimize=True)
     return result.getvalue(), "image/png"

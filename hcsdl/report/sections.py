@@ -20,6 +20,7 @@ from hcsdl.report.scores import difference_picture, headline_rule, ladder_pictur
 
 NO_SCORES = "No scores were given. `hcsdl embed checkpoint=<run folder>`, then `hcsdl score profiles=<its table>`, makes them; give them as `scores=<folder>`."
 NO_RUN = "No run was given. `hcsdl train` makes one; give its folder as `run=<run folder>`."
+NO_NEIGHBOURS = "In the scores given no treatment has a mechanism in common with another that may be its neighbour."
 NOT_FINISHED = "The run {} has no summary yet: the same `hcsdl train` command goes on with it."
 MOST_COMPOUNDS = 15
 
@@ -88,11 +89,11 @@ def _prediction_table(rows: Sequence[dict]) -> Table:
     return Table("What the network itself predicts; its training fields (train) tell nothing of new ones", heads, cells)
 
 
-def mechanisms_section(evidence: Evidence | None, run: RunRecord | None) -> Section:
-    """Return which classes are recognised: by nearest neighbours where there are scores, and by the run on what it held out."""
+def mechanisms_section(evidence: Evidence | None, run: RunRecord | None, *, scored: bool) -> Section:
+    """Return which classes are recognised: by nearest neighbours where there are scores (`scored`), and by the run on what it held out."""
     section = Section("mechanisms", "Mechanisms: which fail, and is it batch or biology")
     if evidence is None:
-        section.missing.append(f"Whether errors follow the batch or the phenotype is left out. {NO_SCORES}")
+        section.missing.append(f"Whether errors follow the batch or the phenotype is left out. {NO_NEIGHBOURS if scored else NO_SCORES}")
     else:
         table = evidence.table
         rules = [rule for rule in ("NSC", "NSCB") if (table["nearest"].get(rule) or {}).get("treatments")]

@@ -113,7 +113,8 @@ def write_table(table: pd.DataFrame, about: dict, path: Path) -> None:
     columns = pa.Table.from_pandas(table, preserve_index=False)
     text = json.dumps({"schema_version": SCHEMA_VERSION} | about, ensure_ascii=False)
     buffer = io.BytesIO()
-    pq.write_table(columns.replace_schema_metadata(columns.schema.metadata | {ABOUT: text.encode()}), buffer)
+    columns = columns.replace_schema_metadata(columns.schema.metadata | {ABOUT: text.encode()})
+    pq.write_table(columns, buffer, write_page_checksum=True)  # so that `hcsdl score` notices bytes that a disk or a copy has changed
     write_atomically(path, buffer.getvalue())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +11,10 @@ import pandas as pd
 import pytest
 
 from hcsdl.commands.compose import to_yaml
-from hcsdl.commands.embed import completed, deciding, default_name, known_split, own_plates, training_run
+from hcsdl.commands.embed import completed, deciding, default_name, finished, known_split, own_plates, training_run
 from hcsdl.config import ConfigError, EmbedCommand, PlatesConfig, TrainCommand
 from hcsdl.plates.index import Index
+from hcsdl.training.embeddings import WorkFolder
 from hcsdl.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.xeon_only
@@ -91,6 +94,50 @@ def test_plates_and_table_are_the_runs_unless_others_are_named(tmp_path: Path) -
     assert other.embed.output == f"{tmp_path}/x.parquet"
     with pytest.raises(ConfigError, match=r"embed.output must end in .parquet"):
         completed(embed(str(run.path), embed={"output": "x.csv"}), run)
+
+
+def test_relative_plates_are_those_of_the_training_wherever_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run started with plates.root=plates finds them from another folder, and where the whole project was moved."""
+    run = write_run(tmp_path / "run")
+    plates = PlatesConfig(root="plates")
+    run.config.write_text(to_yaml(TrainCommand(plates=plates)), encoding="utf-8")
+    (tmp_path / "plates").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    index = run_index(Path("plates"))
+    index.save(run.path)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert completed(embed(str(run.path)), run).plates.root == str(tmp_path / "plates")
+    (tmp_path / "plates").rename(tmp_path / "elsewhere" / "plates")
+    assert completed(embed(str(run.path)), run).plates.root == str(tmp_path / "elsewhere" / "plates")
+
+
+def test_it_goes_on_with_the_checkpoint_it_began_with_or_not_at_all(tmp_path: Path) -> None:
+    """A table begun with one checkpoint is never finished, under the same name, by a command that asks for another."""
+    run, other = write_run(tmp_path / "run"), write_run(tmp_path / "other")
+    for folder, step, content in ((run, 1, b"one"), (run, 2, b"two"), (other, 1, b"three")):
+        (folder.checkpoints / f"step-{step:08d}.pt").write_bytes(content)
+    output = str(tmp_path / "table.parquet")
+
+    def goes_on(checkpoint: Path, training: RunFolder) -> bool:
+        config = completed(embed(str(checkpoint), embed={"output": output}), training)
+        folder.config.write_text(to_yaml(config), encoding="utf-8")
+        return finished(folder, config, training)
+
+    folder = WorkFolder(Path(output).with_suffix(".work"))
+    folder.path.mkdir()
+    begun = {"checkpoint": "step-00000001.pt", "checkpoint_sha256": hashlib.sha256(b"one").hexdigest(), "run": str(run.path)}
+    folder.plan.write_text(json.dumps(begun), encoding="utf-8")
+    assert not goes_on(run.path, run), "the run has a later one by now"
+    assert not goes_on(run.checkpoints / "step-00000001.pt", run)
+    for checkpoint, training in ((run.checkpoints / "step-00000002.pt", run), (other.path, other), (run.checkpoints / "best.pt", run)):
+        with pytest.raises(ConfigError, match=r"with the checkpoint it began with. In .*table.work that was step-00000001.pt of"):
+            goes_on(checkpoint, training)
+    (run.checkpoints / "step-00000001.pt").unlink()
+    assert not goes_on(run.path, run), "the run has dropped it since"
+    folder.plan.write_text(json.dumps(begun | {"checkpoint": "best.pt"}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"that was best.pt"):
+        goes_on(run.path, run)
 
 
 def test_names_tell_what_was_chosen(tmp_path: Path) -> None:

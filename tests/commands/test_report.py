@@ -5,15 +5,27 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from hcsdl.commands.cli import main
 from hcsdl.commands.compose import compose_command, from_yaml, to_overrides
+from hcsdl.commands.report_fields import fields_section, find_preprocessing
+from hcsdl.config import DataError
+from hcsdl.data.preprocessing import load_preprocessing
+from hcsdl.data.reading import read_field
+from hcsdl.plates.index import load_index
+from hcsdl.profiles.tables import read_profiles
+from hcsdl.report.records import read_run
+from hcsdl.training.embeddings import read_about, write_table
 from tests import runs
 from tests.browser import MISSING, Browser
 from tests.commands.test_score import FAST, whole_table
+from tests.profiles.screens import draw_wells
 
 pytestmark = pytest.mark.xeon_only
 LARGEST_PAGE = 15 * 2**20
@@ -111,6 +123,36 @@ def test_repeats_with_the_command_it_shows(made):
     assert compose_command("train", words) == config
 
 
+def test_fields_are_shown_as_the_network_gets_them_but_whole(made, tmp_path):
+    """The run's scaling makes plates that were stained apart comparable; another plate of a run's plate's name is not scaled as that one was."""
+    record = read_run(made / "run", "run")
+    (table,) = (made / "run/embeddings").glob("*.parquet")
+    index, fitted = load_index(made / "run"), load_preprocessing(made / "run/preprocessing.npz")
+    plate, image = fitted.plates[0], read_field(index.paths(0))
+    shown = find_preprocessing(record, table)
+    assert np.array_equal(shown.apply(image, plate), fitted.apply(image, plate))
+    assert not np.array_equal(shown.apply(image, plate), fitted.apply(image, fitted.plates[1])), "plates differ"
+    write_table(pd.read_parquet(table), read_about(table) | {"new_plates": [plate]}, tmp_path / "other.parquet")
+    assert np.array_equal(find_preprocessing(record, tmp_path / "other.parquet").apply(image, plate), fitted.apply(image, "unheard of"))
+    cropped = tmp_path / "run"
+    shutil.copytree(made / "run", cropped, ignore=shutil.ignore_patterns("embeddings", "checkpoints", "cache"))
+    replace(fitted, crop_px=(64, 64), downsample=2).save(cropped / "preprocessing.npz")
+    assert find_preprocessing(read_run(cropped, "run"), None).apply(image, plate).shape == image.shape
+    (cropped / "preprocessing.npz").write_bytes(b"")
+    with pytest.raises(DataError, match="has none that can be read"):
+        find_preprocessing(read_run(cropped, "run"), None)
+
+
+def test_without_a_checkpoint_the_fields_are_shown_and_attention_is_left_out(made, tmp_path):
+    bare = tmp_path / "run"
+    shutil.copytree(made / "run", bare, ignore=shutil.ignore_patterns("embeddings", "checkpoints", "cache"))
+    (table,) = (made / "run/embeddings").glob("*.parquet")
+    run, index = read_run(bare, "run"), load_index(bare)
+    section = fields_section(read_profiles(table), run, lambda: index, lambda: find_preprocessing(run, table), 1)
+    assert {picture.name for picture in section.pictures} <= {"fields_best", "fields_worst"} and section.pictures
+    assert "(Grad-CAM) is left out" in section.missing[0]
+
+
 def test_several_runs_are_compared(made, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(made / "run", other, ignore=shutil.ignore_patterns("embeddings", "checkpoints", "cache"))
@@ -124,12 +166,15 @@ def test_several_runs_are_compared(made, tmp_path):
 
 def test_foreign_profiles_without_a_run(tmp_path):
     """Another program's table, scored: no run, no images, and yet maps, plates and scores."""
-    whole_table().drop(columns="Metadata_Split").to_parquet(tmp_path / "table.parquet")
+    strange = "<img src=x onerror=alert(1)> $\\frac{1$ β-日"  # as code: of the page, of pictures, of file names
+    table = whole_table().drop(columns="Metadata_Split").replace({"Metadata_Compound": {"compound 1b": strange}})
+    table.to_parquet(tmp_path / "table.parquet")
     assert main(["score", f"profiles={tmp_path / 'table.parquet'}", f"score.output={tmp_path / 'scores'}", *FAST]) == 0
-    text = report(tmp_path / "out", f"scores={tmp_path / 'scores'}", "report.fields=0", "report.compound=compound 1b")
+    text = report(tmp_path / "out", f"scores={tmp_path / 'scores'}", "report.fields=0", f"report.compound='{strange}'")
     for name in ("scores", "wells", "compounds"):
         assert f'<section id="{name}">' in text
-    assert "Leak unknown." in text and "compound 1b" in text
+    assert "Leak unknown." in text and "<img src=x" not in text
+    assert text.count("&lt;img src=x onerror=alert(1)&gt; $\\frac{1$ β-日") > 3
 
 
 @pytest.mark.parametrize(
@@ -140,11 +185,13 @@ def test_foreign_profiles_without_a_run(tmp_path):
         (["run=nowhere"], 3, "run must be a run folder"),
         (["scores=nowhere"], 3, "scores must be a folder that `hcsdl score` wrote"),
         (["profiles=nowhere.parquet"], 3, "nowhere.parquet is no file"),
+        (["profiles=BARE.parquet"], 3, "A report takes the pipeline of its scores: `hcsdl score profiles=BARE.parquet`"),
         (["report.fields=-1", "run=x"], 2, "report.fields must be at least 0"),
     ],
 )
 def test_refused(tmp_path, monkeypatch, capsys, words, code, sentence):
     monkeypatch.chdir(tmp_path)
+    draw_wells(control_wells=1).to_parquet("BARE.parquet")  # too few controls for the usual pipeline
     assert main(["report", *words]) == code
     err = capsys.readouterr().err
     assert sentence in err and err.count("\n") == 1
@@ -153,6 +200,6 @@ def test_refused(tmp_path, monkeypatch, capsys, words, code, sentence):
 def test_unknown_compound_and_unwritable_output_are_refused(made, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["report", f"run={made / 'run'}", f"report.output={tmp_path / 'file'}"]) == 2
-    assert "report.output must be a folder that can be made" in capsys.readouterr().err
+    assert "report.output must be a folder that can be written" in capsys.readouterr().err
     assert main(["report", f"scores={made / 'scores'}", f"report.output={tmp_path / 'out'}", "report.compound=water"]) == 2
     assert "report.compound must be one of the table's compounds" in capsys.readouterr().err

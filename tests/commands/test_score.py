@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from hcsdl.commands.cli import main
+from hcsdl.commands.output import writing
 from hcsdl.commands.score import run
-from hcsdl.config import PlatesConfig, ScoreCommand
+from hcsdl.config import ConfigError, PlatesConfig, ScoreCommand
 from tests.profiles.screens import draw_wells
 from tests.profiles.test_predictions import draw_probabilities, folds
 from tests.profiles.test_provenance import write_embedding, write_run
@@ -336,6 +338,24 @@ def test_plate_without_controls_stops_the_default_and_not_the_ladder(tmp_path, c
     problems = {rung["pipeline"]: rung["problem"] for rung in result["tables"][0]["ladder"]}
     assert "at least two control wells" in problems["standardise_control"] and problems["standardise_all"] is None
     assert "standardise_control: not possible." in capsys.readouterr().out
+
+
+def test_single_replicates_have_no_precision_and_say_so(tmp_path, capsys):
+    """Wells that are the only ones of their treatment find no other: a sentence, and no figure that is none."""
+    wells = draw_wells(plates_per_batch=1)
+    wells.to_parquet(tmp_path / "single.parquet")
+    assert score(tmp_path / "out", tmp_path / "single.parquet")["tables"][0]["mean_average_precision"]["replicates"]["groups"] == 0
+    out = capsys.readouterr().out
+    assert "mean average precision of replicates" in out and "cannot be, 24 wells could be no query" in out and "nan" not in out
+
+
+def test_a_full_disk_is_no_mistake_in_the_settings(tmp_path):
+    """Exit code 1 as in training, and the path; a folder that may not be written is a setting to change."""
+    with pytest.raises(OSError, match="No space left on device") as error, writing("score.output", tmp_path):
+        raise OSError(errno.ENOSPC, "Error writing bytes to file")
+    assert error.value.filename == str(tmp_path)
+    with pytest.raises(ConfigError, match="score.output must be a folder that can be written"), writing("score.output", tmp_path):
+        (tmp_path / "nowhere" / "file").write_text("")
 
 
 def test_own_pipeline_is_a_rung(tmp_path, table):

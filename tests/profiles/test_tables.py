@@ -88,6 +88,33 @@ def test_infinite_is_missing(tmp_path, table):
     assert np.isnan(read_profiles(write(tmp_path, table)).wells.values).any(axis=0).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_columns_may_be_parted_by_semicolons_and_tabs(tmp_path, table, separator):
+    """As spreadsheets write them, with a byte order mark and commas within names; a decimal comma is an error, for it could be anything."""
+    table["Metadata_Compound"] = table["Metadata_Compound"].replace({"compound 0a": "1,2-a, b"})
+    plain = read_profiles(write(tmp_path, table))
+    table.to_csv(tmp_path / "other.csv", sep=separator, index=False, encoding="utf-8-sig")
+    read = read_profiles(tmp_path / "other.csv")
+    pd.testing.assert_frame_equal(read.wells.meta, plain.wells.meta, check_dtype=False)
+    assert np.allclose(read.wells.values, plain.wells.values) and "1,2-a, b" in set(read.wells.meta["Metadata_Compound"])
+    table.to_csv(tmp_path / "comma.csv", sep=separator, decimal=",", index=False)
+    with pytest.raises(DataError, match=r"Features must be numbers. Embedding_0000 in .* holds '-?\d+,\d+'"):
+        read_profiles(tmp_path / "comma.csv")
+
+
+def test_other_encodings_are_named(tmp_path, table):
+    table.assign(Metadata_Compound="Amanitin é").to_csv(tmp_path / "latin.csv", index=False, encoding="latin-1")
+    with pytest.raises(DataError, match=r"in UTF-8, or parquet. .*latin.csv is in another encoding"):
+        read_profiles(tmp_path / "latin.csv")
+
+
+@pytest.mark.filterwarnings("error")
+def test_concentrations_may_all_be_missing(tmp_path, table):
+    """A column of nothing makes a compound a treatment, without a warning of pandas'."""
+    read = read_profiles(write(tmp_path, table.assign(Metadata_Concentration=np.nan), "empty.parquet"))
+    assert set(read.wells.meta["Metadata_Treatment"]) == set(table["Metadata_Compound"])
+
+
 def put(column: str, value: object, row: int = 7) -> Callable[[pd.DataFrame], pd.DataFrame]:
     """Return a change that sets one cell."""
     return lambda table: table.assign(**{column: [value if at == row else old for at, old in enumerate(table[column])]})
@@ -104,8 +131,11 @@ def put(column: str, value: object, row: int = 7) -> Callable[[pd.DataFrame], pd
         (lambda t: t.assign(Metadata_MoA=[f"{m}{w}" for m, w in zip(t.Metadata_MoA, t.Metadata_Plate, strict=True)]), "A treatment must have one"),
         (put("Metadata_Plate", None), "must have a Metadata_Plate. 1 have none"),
         (put("Metadata_Batch", None), "must have a Metadata_Batch, or none"),
-        (put("Metadata_Concentration", "high"), "Metadata_Concentration in .* must be a number. A row has 'high'"),
-        (put("Embedding_0001", "n/a"), "Features must be numbers. Embedding_0001"),
+        (put("Metadata_Concentration", "high"), "Metadata_Concentration in .* must be a number, 0 or more, without a unit. A row has 'high'"),
+        (put("Metadata_Concentration", "3 uM"), "A row has '3 uM'"),
+        (put("Metadata_Concentration", -1.5), "A row has '-1.5'"),
+        (put("Metadata_Concentration", "inf"), "A row has 'inf'"),
+        (put("Embedding_0001", "1,5"), "Features must be numbers. Embedding_0001 in .* holds '1,5'"),
         (lambda t: t.drop(columns=list(t.filter(like="Embedding_"))), "must have feature columns"),
         (lambda t: t.assign(**dict.fromkeys(t.filter(like="Embedding_"), np.nan)), "must have a row with features"),
         (lambda t: t.iloc[:0], "must have rows"),

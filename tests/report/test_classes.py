@@ -31,7 +31,7 @@ def test_confusion_names_the_pair_most_confused_and_shows_every_count():
     classes = ["actin", "tubulin", "DMSO"]
     assert largest_confusion(counts, classes) == ("tubulin", "actin", 4) and largest_confusion(np.diag([3, 2]), ["a", "b"]) is None
     picture = confusion_picture(counts, classes, unit="wells")
-    assert picture.title == "tubulin are most often taken for actin (4 wells); 14 of 19 are right"
+    assert picture.title == "tubulin are most often taken for actin (4 of 6 wells); 14 of 19 are right"
     assert {"7", "1", "4", "2", "5", "actin (8)", "DMSO (5)", "predicted"} <= set(texts(picture))
     assert confusion_picture(np.diag([3, 2]), ["a", "b"], unit="wells").title == "All 5 wells are recognised"
 

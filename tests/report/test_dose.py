@@ -64,6 +64,17 @@ def test_classes_of_treatments_are_summed_by_mechanism_without_the_own_compound(
     assert "A1's own left out" in dose_picture(rows, values, "A1", target="Metadata_Treatment").reading
 
 
+def test_wells_without_a_concentration_are_left_out_and_none_at_all_is_an_error():
+    table = profile_table()
+    some = table["Metadata_Concentration"] == 1
+    table.loc[some, "Metadata_Concentration"] = np.nan
+    ticks = [label.get_text() for label in draw(table).figure.axes[0].get_xticklabels()]
+    assert "nan" not in ticks and "1" not in ticks and "10" in ticks
+    table["Metadata_Concentration"] = np.nan
+    with pytest.raises(ConfigError, match="No well of A1 has one"):
+        draw(table)
+
+
 def test_an_unknown_compound_is_an_error():
     with pytest.raises(ConfigError, match="Got 'water'; there are DMSO, A1"):
         draw(profile_table(), "water")

@@ -112,6 +112,8 @@ def test_real_fields_are_read_and_drawn(tiny_plates):
     worst = rows.iloc[1:].assign(Label="x", Predicted="y", Probability=0.7, Label_Probability=0.2)
     pictures = prediction_pictures(best, worst, images, index.channels, pixel_size_um=0.5)
     assert [picture.name for picture in pictures] == ["fields_best", "fields_worst"] and all(picture.photographic for picture in pictures)
-    assert pictures[1].title == "Surest and wrong: x taken for y with 0.70"
+    assert pictures[1].title == "Surest and wrong: x taken for y with 0.70" and "as stored" in pictures[1].reading
+    two = pd.concat([worst, worst])
+    assert prediction_pictures(best, two, [*images, images[1]], index.channels, scaled=True)[1].title.endswith("with 0.70, and 1 other")
     with pytest.raises(DataError, match="P/Z99/1 is not in"):
         read_fields(index, pd.DataFrame({"Metadata_Plate": ["P"], "Metadata_Well": ["Z99"], "Metadata_Site": [1]}))

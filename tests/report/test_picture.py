@@ -45,6 +45,32 @@ def test_page_holds_drawings_as_small_png_and_photographs_as_jpeg(tmp_path):
     assert mime == "image/jpeg" and data.startswith(b"\xff\xd8")
 
 
+def test_a_drawing_of_photographs_holds_them_as_jpeg_and_what_is_translucent_as_it_is(tmp_path):
+    """A sheet of fields at full resolution weighed 5 MB as SVG; its text stays text."""
+    noise = np.random.default_rng(0).random((400, 500, 3))
+    sizes = {}
+    for photographic in (True, False):
+        with styled():
+            figure = Figure(figsize=(WIDTH_IN, 3))
+            left, right = figure.subplots(1, 2)
+            left.imshow(noise)
+            right.imshow(noise[:20, :20, 0], alpha=0.5)
+            left.set_title("a name")
+        _, svg = save(Picture("sheet", "t", "r", figure, photographic=photographic), tmp_path)
+        text = svg.read_text()
+        sizes[photographic] = len(text)
+        assert text.count("data:image/jpeg") == photographic and text.count("data:image/png") == 2 - photographic and ">a name<" in text
+    assert sizes[True] < sizes[False] / 2
+
+
+@pytest.mark.parametrize("text", ["costs $5 and $6", r"$\\frac{$"])
+def test_names_with_dollar_signs_are_text(tmp_path, text):
+    with styled():
+        figure = Figure(figsize=(WIDTH_IN, 3))
+        figure.subplots().set_title(text)
+    assert f">{text}<" in save(Picture("a", "t", "r", figure), tmp_path)[1].read_text()
+
+
 @pytest.mark.parametrize("name", ["", "With Space", "a/b", "ä"])
 def test_name_that_is_no_file_name_is_refused(name):
     with pytest.raises(ValueError, match="lower-case letters"):

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tests import runs
@@ -21,7 +22,7 @@ from tests.slurm_cluster import MISSING, PROJECT, Cluster, wait_until
 
 pytestmark = [pytest.mark.skipif(bool(MISSING), reason=f"Slurm is not installed here: no {MISSING}"), pytest.mark.timeout(600)]
 
-TRAIN, SWEEP = PROJECT / "slurm" / "train.sbatch", PROJECT / "slurm" / "sweep.sbatch"
+TRAIN, SWEEP, EMBED = (PROJECT / "slurm" / f"{name}.sbatch" for name in ("train", "sweep", "embed"))
 WORDS = [*runs.TINY, "kernels=native", "training.checkpoint_every_steps=1", "training.epochs=2"]
 OVER = "distributed.backend=ccl"
 TWO_NODES, ONE_NODE = ["--nodes=2", "--ntasks-per-node=1"], ["--nodes=1", "--ntasks-per-node=2"]
@@ -102,6 +103,29 @@ def test_a_killed_rank_and_a_dead_node_cost_restarts_and_no_bit(
     cluster.start_node("n2")
     assert job.finish()["attempts"] == 3
     assert runs.digest(job.run) == undisturbed[1]
+
+
+def test_an_embedding_is_shared_by_two_nodes_and_goes_back_into_the_queue(
+    cluster: Cluster, undisturbed: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Asked to make room as soon as something is saved, it saves, goes back and ends with one whole table."""
+    [run] = (undisturbed[0] / "runs").iterdir()
+    words = ["kernels=native", "embed.mini_batch_size=1", "embed.save_every_s=0", "data.workers=0", "distributed.backend=gloo"]
+    for number in range(5):  # tries: on a busy machine it may be done before we look
+        output = tmp_path / f"table{number}.parquet"
+        job = cluster.sbatch(*TWO_NODES, EMBED, f"checkpoint={run}", f"embed.output={output}", *words, folder=tmp_path)
+        log = tmp_path / f"hcsdl-{job}.out"
+        parts = output.with_suffix(".work") / "parts"
+        wait_until(lambda: list(parts.glob("*.npz")) or output.exists(), "something saved", log=log)  # noqa: B023
+        cluster.ask("scancel", "--batch", "--signal=USR1", job)
+        assert cluster.wait(job, log) == "COMPLETED", log.read_text()
+        if cluster.field(job, "Restarts") == "1":
+            break
+    said = log.read_text()
+    assert "start the same command again to go on" in said and "mini-batches were computed before" in said
+    assert re.search(r"rank 0 of 2.*\bn1\b", said) and re.search(r"rank 1 of 2.*\bn2\b", said), said
+    table = pd.read_parquet(output)
+    assert len(table) == len(pd.read_parquet(run / "index.parquet")) and table.filter(like="Embedding_").notna().all(axis=None)
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tiny_plates: Path, tmp_path: Path) -> None:

@@ -44,6 +44,19 @@ def outputs() -> tuple[np.ndarray, np.ndarray]:
     return rng.normal(size=(6, 3)).astype(np.float32), rng.normal(size=(6, 2)).astype(np.float32)
 
 
+def test_changed_bytes_are_noticed(tmp_path: Path) -> None:
+    """A table that a disk or a copy has changed is no table: its numbers would be scored as if they were the network's."""
+    values, logits = outputs()
+    write_table(field_table(fields(), values, logits, CLASSES), {}, tmp_path / "table.parquet")
+    read_profiles(tmp_path / "table.parquet")
+    content = bytearray((tmp_path / "table.parquet").read_bytes())
+    at = content.index(values[:, 1].tobytes()[:4])
+    content[at] ^= 0x10
+    (tmp_path / "table.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"table.parquet cannot be read"):
+        read_profiles(tmp_path / "table.parquet")
+
+
 def test_fields() -> None:
     embedding, logits = outputs()
     table = field_table(fields(), embedding, logits, CLASSES)
