@@ -18,6 +18,10 @@ NORMALISATIONS = (
     *("sphere_pca", "sphere_zca", "tvn", "combat", "select"),
 )
 MODELS = ("resnet18", "resnet34", "resnet50", "mcnn")
+STEP_VARIANTS = (
+    *("fp32", "bf16", "ipex_recipe", "bf16_preloaded", "ipex_recipe_preloaded", "compiled"),
+    *("hcsdl_native", "hcsdl_ipex", "hcsdl_best", "hcsdl_lean"),
+)
 
 
 class ExitCode(IntEnum):
@@ -395,6 +399,77 @@ class BenchScaleConfig(BenchConfig):
 
 
 @dataclass
+class BenchStepConfig(BenchConfig):
+    """What `hcsdl bench step` measures: one whole training step on random images in memory, every variant in processes of its own."""
+
+    output: Optional[str] = option(None, "folder for the results; null: a new one, bench/<date>_<time>_step")
+    models: List[str] = option(list(MODELS), "networks", choices=MODELS)
+    variants: Optional[List[str]] = option(
+        None,
+        "ways to run a step; fp32 and compiled in the first round only; null: all, hcsdl_lean only with bench.targets and ResNet-50",
+        choices=STEP_VARIANTS,
+    )
+    rounds: int = option(
+        5, "rounds at most, in each of which every variant has its turn; fewer, but 3, where a network would take over 7 minutes", low=1
+    )
+    steps: Optional[int] = option(None, "steps timed in a turn, after one that is not; null: as many as fit into 3 s", unit="steps", low=1)
+    mini_batch_size: int = option(2, "images a rank and step", unit="images", low=1)
+    image_size: List[int] = option([1024, 1280], "rows and columns of an image", unit="px", low=33)
+    width: float = option(1.0, "multiplies the number of channels of every layer", above=0, high=16)
+    memory: bool = option(True, "also measure memory per image, in short processes with 2 and 6 images")
+    targets: bool = option(False, "also measure each network's ceiling, and mark each target of this project met or not")
+    preload: Optional[str] = option(
+        None, "allocator's shared library for the variants that preload one; null: the system's tcmalloc, else jemalloc"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_images(self)
+
+
+@dataclass
+class BenchProfileConfig(BenchConfig):
+    """What `hcsdl bench profile` looks into."""
+
+    output: Optional[str] = option(None, "folder for the results; null: a new one, bench/<date>_<time>_profile")
+    models: List[str] = option(["resnet50"], "networks", choices=MODELS)
+    rounds: int = option(3, "rounds over the ways to run a convolution; the median counts", low=1)
+    mini_batch_size: int = option(2, "images a step", unit="images", low=1)
+    image_size: List[int] = option([1024, 1280], "rows and columns of an image", unit="px", low=33)
+    width: float = option(1.0, "multiplies the number of channels of every layer", above=0, high=16)
+    operators: int = option(12, "operators printed; all are saved", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_images(self)
+
+
+def _check_images(bench: Any) -> None:
+    if len(bench.image_size) != 2 or not bench.models:
+        raise ConfigError(
+            f"bench.image_size must be rows and columns, and bench.models not empty. Got {bench.image_size} and {bench.models}."
+        )
+
+
+@dataclass
+class BenchDataConfig(BenchConfig):
+    """What `hcsdl bench data` measures: the loader alone, on drawn fields in the page cache."""
+
+    output: Optional[str] = option(None, "folder for the results; null: a new one, bench/<date>_<time>_data")
+    compressions: List[str] = option(["none", "deflate", "lzw"], "how the TIFF files are compressed", choices=("none", "deflate", "lzw"))
+    image_size: List[int] = option([1024, 1280], "rows and columns of a field", unit="px", low=32)
+    fields: int = option(12, "different fields, rounded up to a multiple of three", unit="fields", low=1)
+    mini_batch_size: int = option(2, "fields a mini-batch", unit="fields", low=1)
+    seconds: float = option(2.0, "length of a turn at least", unit="s", above=0)
+    rounds: int = option(5, "rounds, in each of which every compression has its turn", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.image_size) != 2 or not self.compressions:
+            raise ConfigError("bench.image_size must be rows and columns, and bench.compressions not empty.")
+
+
+@dataclass
 class EmbedConfig(Checked):
     """How a network's view of the plates becomes a table."""
 
@@ -526,6 +601,30 @@ class BenchScaleCommand(RanksCommand):
 
 
 @dataclass
+class BenchStepCommand(RanksCommand):
+    """Measure training steps on this machine: PyTorch's and IPEX's documented ways and hcsdl's, in turn, beside the processor's own limit."""
+
+    bench: BenchStepConfig = field(default_factory=BenchStepConfig)
+
+
+@dataclass
+class BenchProfileCommand(RanksCommand):
+    """Show where a training step's time goes: operators, rates of every convolution, and the ceiling they set."""
+
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    bench: BenchProfileConfig = field(default_factory=BenchProfileConfig)
+
+
+@dataclass
+class BenchDataCommand(Command):
+    """Measure the loader alone: fields a second and core, from TIFF files to normalised tensors."""
+
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    bench: BenchDataConfig = field(default_factory=BenchDataConfig)
+
+
+@dataclass
 class SweepCommand(Checked):
     """Print the table of a sweep as it stands: finished runs by their metric, failed and missing ones."""
 
@@ -609,6 +708,9 @@ COMMANDS = {
     "report": ReportCommand,
     "bench comm": BenchCommCommand,
     "bench scale": BenchScaleCommand,
+    "bench step": BenchStepCommand,
+    "bench profile": BenchProfileCommand,
+    "bench data": BenchDataCommand,
 }  # the order of `hcsdl --help`; a command of two words lives in conf/<first>_<second>.yaml and commands/<first>_<second>.py
 
 

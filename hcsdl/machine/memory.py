@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+JEMALLOC_PURGE_ALL = b"arena.4096.purge"  # MALLCTL_ARENAS_ALL is 4096
 
 
 def keep_freed_memory() -> bool:
@@ -22,6 +23,17 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def release_freed_memory() -> None:
+    """Give what was freed back to the kernel, whatever allocator this process has: glibc's, or a preloaded tcmalloc or jemalloc."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "MallocExtension_ReleaseFreeMemory"):
+        library.MallocExtension_ReleaseFreeMemory()
+    elif hasattr(library, "mallctl"):
+        library.mallctl(JEMALLOC_PURGE_ALL, None, None, None, ctypes.c_size_t(0))
+    elif hasattr(library, "malloc_trim"):
+        library.malloc_trim(ctypes.c_size_t(0))
 
 
 def peak_rss_gib() -> float:

@@ -6,7 +6,7 @@ Agg renderer: no screen is needed and nothing global is set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,4 +86,32 @@ def plot_scaling(rows: Sequence[dict], published: dict | None, path: Path) -> No
         axes.set_xticks(sorted({row["nodes"] for row in rows}))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small", loc="upper left")
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_steps(rows: Mapping[str, Sequence[dict]], processor: str, path: Path) -> None:
+    """Draw images/s of every way to run a training step, a panel per network: a bar each with its quartiles, hcsdl's own in another colour.
+
+    Parameters
+    ----------
+    rows : by network: `letter`, `title`, `status`, `images_per_s`, `q1_images_per_s`, `q3_images_per_s`, `mfu` of each; only `status` measured is drawn.
+    processor : its name, for the title.
+    """
+    figure = _figure(len(rows))
+    for axes, (model, all_rows) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
+        found = [row for row in all_rows if row["status"] == "measured"]
+        rates = [row["images_per_s"] for row in found]
+        spread = [
+            [row["images_per_s"] - row["q1_images_per_s"] for row in found],
+            [row["q3_images_per_s"] - row["images_per_s"] for row in found],
+        ]
+        colours = ["C1" if "hcsdl" in row["title"] else "C0" for row in found]
+        axes.barh(range(len(found)), rates, xerr=spread, color=colours, error_kw={"ecolor": "0.3", "capsize": 2})
+        for place, row in enumerate(found):
+            axes.annotate(f" {row['images_per_s']:.3g}  (mfu {row['mfu']:.2f})", (0, place), color="white", va="center", fontsize="small")
+        axes.set_yticks(range(len(found)), [f"{row['letter']}  {row['title']}" for row in found], fontsize="small")
+        axes.invert_yaxis()
+        axes.set(xlabel="images/s", title=model, xlim=(0, None))
+        axes.grid(alpha=0.3, axis="x")
+    figure.suptitle(f"training steps on {processor}: medians and quartiles")
     figure.savefig(path, dpi=DPI)

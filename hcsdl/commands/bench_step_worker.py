@@ -1,0 +1,192 @@
+"""One process of `hcsdl bench step`: a rank of one variant, of the matrix product, or of a network's profile.
+
+In: a task, as JSON in the first argument; commands, a JSON object a line, on standard input. Out: an answer a line. Between commands the process
+sleeps, its freed memory given back. Stock variants run as their projects document it, on the very network hcsdl trains, with no setting of hcsdl's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hcsdl.commands.bench_step_variants import LEAN, VARIANTS, Variant
+from hcsdl.config import DistributedConfig, ModelConfig, ObjectiveConfig, TrainingConfig
+from hcsdl.distributed.identity import launcher_process, who_am_i
+from hcsdl.machine.binding import affinity_kept
+from hcsdl.machine.memory import keep_freed_memory, peak_rss_gib, release_freed_memory
+from hcsdl.machine.process import die_with_parent, held_back_output
+
+if TYPE_CHECKING:
+    import torch
+
+CHANNELS, CLASSES = 3, 13  # of BBBC021
+RATE, MOMENTUM = 1e-3, 0.9
+MATRIX_SIZE = 4096  # 137 GFLOP a product, 32 MiB a matrix: far beyond the caches, a fraction of a second
+
+
+class Missing(Exception):
+    """What this variant needs is not there; the text is the reason."""
+
+
+class Step:
+    """A network with all a training step needs, as `variant` has it."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        import torch
+
+        from hcsdl.models import build_model
+        from hcsdl.training.objectives import build_objective
+        from hcsdl.training.optimizers import build_optimizer
+
+        self.variant: Variant = VARIANTS[task["variant"]]
+        torch.manual_seed(task["seed"])
+        rows, columns = task["image_size"]
+        lean = LEAN if self.variant.lean else {}
+        model = build_model(ModelConfig(name=task["model"], width=task["width"], **lean), CHANNELS, CLASSES, (rows, columns))
+        self.loss = build_objective(ObjectiveConfig()).loss
+        self.images = torch.randn(task["mini_batch_size"], CHANNELS, rows, columns)
+        self.labels = torch.arange(len(self.images)) % CLASSES
+        self.autocast: Any = nullcontext
+        self.told: dict[str, object] = {}
+        if self.variant.base != "fp32":
+            self.images = self.images.contiguous(memory_format=torch.channels_last)
+        if self.variant.ours:
+            optimizer = build_optimizer(model, TrainingConfig(learning_rate=RATE, momentum=MOMENTUM))
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
+        self.model, self.optimizer = self._prepare(model.train(), optimizer)
+        self._share_gradients(task)
+        if self.variant.base == "compiled":
+            self.model = torch.compile(self.model)
+
+    def _prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
+        import torch
+
+        from hcsdl.kernels import choose_kernels, ipex_problem
+
+        if self.variant.ours:
+            if self.variant.kernels == "ipex" and (problem := ipex_problem()):
+                raise Missing(problem)
+            kernels = choose_kernels(self.variant.kernels)
+            self.autocast = kernels.autocast
+            self.told = {"kernels": kernels.name, "precision": kernels.precision, "reason": kernels.reason}
+            return kernels.prepare(model, optimizer)
+        if self.variant.base == "fp32":
+            return model, optimizer
+        self.autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+        if self.variant.base == "ipex":
+            if problem := ipex_problem():
+                raise Missing(problem)
+            import intel_extension_for_pytorch as ipex
+
+            with held_back_output():
+                return ipex.optimize(model, optimizer=optimizer, dtype=torch.bfloat16)
+        return model.to(memory_format=torch.channels_last), optimizer
+
+    def _share_gradients(self, task: dict[str, Any]) -> None:
+        """Wrap the network where there are several ranks: hcsdl's by its group, the others by plain DistributedDataParallel over gloo."""
+        identity = who_am_i()
+        if identity.world_size == 1:
+            return
+        import torch
+
+        from hcsdl.distributed.group import Group
+
+        settings = task["distributed"] if self.variant.ours else {"backend": "gloo"}
+        self.group = Group(identity, DistributedConfig(**settings))
+        if self.variant.ours:
+            self.group.choose_backend(self.model)
+            self.model = self.group.wrap(self.model)
+            self.told["backend"] = self.group.backend
+        else:
+            self.model = torch.nn.parallel.DistributedDataParallel(self.model)
+
+    def __call__(self) -> float:
+        """Take one step; return its seconds."""
+        begun = time.monotonic()
+        self.optimizer.zero_grad(set_to_none=True)
+        context: AbstractContextManager = self.autocast()
+        with context:
+            logits = self.model(self.images)
+        self.loss(logits, self.labels).backward()
+        self.optimizer.step()
+        return time.monotonic() - begun
+
+
+class Product:
+    """The machine's bf16 matrix product: a large square one, fp32 where the processor has no bf16 (`precision` tells)."""
+
+    def __init__(self, _task: dict[str, Any]) -> None:
+        import torch
+
+        from hcsdl.kernels import choose_kernels
+
+        precision = choose_kernels("native").precision
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.left, self.right = (torch.randn(MATRIX_SIZE, MATRIX_SIZE).to(dtype) for _ in range(2))
+        self.told: dict[str, object] = {"precision": precision, "flop": 2 * MATRIX_SIZE**3}
+
+    def __call__(self) -> float:
+        """Multiply once; return the seconds."""
+        begun = time.monotonic()
+        self.left @ self.right
+        return time.monotonic() - begun
+
+
+def turn(call: Any, steps: int, warm: bool) -> dict[str, Any]:
+    """Return the seconds of `steps` calls, after one that is not counted (unless `warm`), and when that was."""
+    began = time.monotonic()
+    if not warm:
+        call()
+    seconds = [call() for _ in range(steps)]
+    answer = {"step_s": seconds, "began_s": began, "ended_s": time.monotonic(), "peak_rss_gib": peak_rss_gib()}
+    release_freed_memory()
+    return answer
+
+
+def answers(task: dict[str, Any], command: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """Do one command: `start` builds and takes the first step; `turn` times steps; `profile` measures a network's operators and convolutions."""
+    if command["do"] == "profile":
+        from hcsdl.commands.bench_profile_measure import profile
+
+        return profile(task)
+    if command["do"] == "start":
+        state["call"] = (Product if task["kind"] == "product" else Step)(task)
+        state["call"]()
+        return {"told": state["call"].told, "peak_rss_gib": peak_rss_gib()}
+    return turn(state["call"], command["steps"], command["warm"])
+
+
+def main() -> int:
+    """Answer commands until standard input ends."""
+    task = json.loads(sys.argv[1])
+    die_with_parent(launcher_process())
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print goes to the log
+    ours = task["kind"] != "step" or VARIANTS[task["variant"]].ours
+    if ours and task["allocator"] == "keep":
+        keep_freed_memory()
+    with affinity_kept() if ours else nullcontext():
+        importlib.import_module("torch")
+    if task.get("preload") and Path(task["preload"]).name not in Path("/proc/self/maps").read_text():
+        print(f"{task['preload']} was not loaded: it must be a shared library for this processor (bench.preload).", file=sys.stderr)
+        return 1
+    state: dict[str, Any] = {}
+    for line in sys.stdin:
+        try:
+            answer = answers(task, json.loads(line), state)
+        except Missing as error:
+            answer = {"missing": str(error)}
+        out.write(json.dumps(answer) + "\n")
+        out.flush()
+    os._exit(0)  # collectives' threads of several ranks need not end in any order
+
+
+if __name__ == "__main__":
+    sys.exit(main())
