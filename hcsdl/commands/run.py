@@ -86,6 +86,7 @@ class Run:
         self.labels = torch.from_numpy(class_numbers(self.index, self.plan.classes))
         self.sampler = make_sampler(config, self.index, self.plan.classes)
         self.share = config.training.global_batch_size // self.group.world_size
+        self.mini_batch_size = config.training.fixed_mini_batch or self.share  # auto: settled before the first step
         self.steps_per_epoch = self.sampler.pass_length / config.training.global_batch_size
         self.planned_steps = math.ceil(config.training.epochs * self.steps_per_epoch - 1e-9)
         self.total_steps = min(self.planned_steps, config.training.max_steps or self.planned_steps)
