@@ -213,8 +213,9 @@ class KernelsConfig(Checked):
 
     name: str = option(
         "auto",
-        "reference: fp32; native: bf16, stock PyTorch; ipex: bf16, IPEX; auto: ipex, else native; both fp32 where the processor has no bf16",
-        choices=("auto", "reference", "native", "ipex"),
+        "reference: fp32; native: bf16, stock PyTorch; ipex: bf16, IPEX; fused: native and our own operators, compiled at their first use; "
+        "auto: fused, else ipex, else native; all but reference fp32 where the processor has no bf16",
+        choices=("auto", "reference", "native", "ipex", "fused"),
     )
 
 

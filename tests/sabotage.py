@@ -96,7 +96,7 @@ FAULTS = [
     ),
     Fault(
         "M-CNN's columns see averages, not maxima", "hcsdl/models/mcnn.py",
-        "images = F.max_pool2d(images, 2)", "images = F.avg_pool2d(images, 2)",
+        "self.halve = nn.MaxPool2d(2)", "self.halve = nn.AvgPool2d(2)",
         "tests/models/test_mcnn.py::test_same_as_its_plain_description",
     ),
     Fault(
@@ -209,6 +209,26 @@ FAULTS = [
         "the wait for the other ranks is no communication", "hcsdl/training/step_time.py",
         "exposed + agreement_s, optimizer_s]", "exposed, optimizer_s]",
         "tests/training/test_step_time.py::test_communication_is_what_passes_take_longer_than_alone_and_the_wait_before",
+    ),
+    Fault(
+        "a shortcut of our blocks goes through a ReLU", "hcsdl/kernels/replacement.py",
+        "batch_norm_relu(convolution(x), norm, relu=False)", "batch_norm_relu(convolution(x), norm)",
+        "tests/kernels/test_replacement.py::test_evaluation_and_inference_are_the_plain_networks",
+    ),
+    Fault(
+        "batch norm's backward pass forgets the mean of the gradient", "hcsdl/kernels/native/batch_norm.c",
+        "mean_dz[i] = sums[i - start] / rows;", "mean_dz[i] = 0;",
+        "tests/kernels/test_batch_norm.py::test_numbers_and_gradients_are_those_of_the_twin",
+    ),
+    Fault(
+        "fused optimizers take any memory format", "hcsdl/kernels/__init__.py",
+        "    optimizer.register_step_pre_hook(lambda moving, *_: _lay_out_alike(moving))\n", "",
+        "tests/kernels/test_replacement.py::test_optimizers_move_weights_as_without",
+    ),
+    Fault(
+        "a damaged library is loaded", "hcsdl/kernels/native/build.py",
+        "return whole and about.st_uid", "return about.st_uid",
+        "tests/kernels/test_build.py::test_a_damaged_or_foreign_file_is_made_anew", "OSError",
     ),
     Fault(
         "a batch norm's mean is lost when it is folded", "hcsdl/kernels/inference.py",

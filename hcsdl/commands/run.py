@@ -26,6 +26,7 @@ from hcsdl.distributed.group import Group
 from hcsdl.distributed.identity import Identity
 from hcsdl.distributed.launcher import Stop
 from hcsdl.kernels import choose_kernels
+from hcsdl.kernels.replacement import replaced
 from hcsdl.machine.allocation import memory_limit_gib, time_limit
 from hcsdl.machine.cores import processor
 from hcsdl.machine.memory import peak_rss_gib
@@ -142,7 +143,9 @@ class Run:
         config, kernels = self.config, self.kernels
         if kernels.warning:
             self._say(f"warning: {kernels.warning}")
-        self._say(f"kernels {kernels.name}, {kernels.precision} ({kernels.reason}); allocator: {self.allocator}; {processor()}")
+        replaced_by_ours = replaced(self.bare)
+        counts = "".join(f"; {count} {kind}" for kind, count in replaced_by_ours.items())
+        self._say(f"kernels {kernels.name}, {kernels.precision} ({kernels.reason}{counts}); allocator: {self.allocator}; {processor()}")
         if self.group.world_size > 1:
             self._say(f"{self.group.world_size} ranks over {self.group.backend} ({self.group.backend_reason})")
         self._say(
@@ -157,7 +160,9 @@ class Run:
                 steps_per_epoch=self.steps_per_epoch,
             )
         self.journal.event(
-            "start", self.state.step, {"resumed": self.resumed, "world_size": self.group.world_size, "kernels": kernels.name}
+            "start",
+            self.state.step,
+            {"resumed": self.resumed, "world_size": self.group.world_size, "kernels": kernels.name, "replaced": dict(replaced_by_ours)},
         )
         self.parts = Parts(
             model=self.model,

@@ -1,4 +1,4 @@
-"""How a model's operators run on this processor: precision, memory format, IPEX.
+"""How a model's operators run on this processor: precision, memory format, IPEX, our own.
 
 In: a kernels setting, then a model and its optimizer. Out: both, prepared, and the autocast context to run them under.
 `choose_kernels` resolves `auto` once, says why, and never changes numbers silently: what it fell back to stands in `reason`.
@@ -7,24 +7,32 @@ In: a kernels setting, then a model and its optimizer. Out: both, prepared, and 
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from hcsdl.config import ConfigError
+from hcsdl.kernels.native.build import NoLibrary
+from hcsdl.kernels.replacement import compile_operators, replace_operators
 from hcsdl.machine.cores import bf16_flags
 from hcsdl.machine.process import held_back_output
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The chosen kernels: `name` is reference, native or ipex; `precision` is fp32 or bf16; `reason` a sentence; `warning` may be empty."""
+    """The chosen kernels: `name` is reference, native, ipex or fused; `precision` is fp32 or bf16; `reason` a sentence; `warning` may be empty.
+
+    Equal are those of the same name and precision: why they were chosen may differ from node to node.
+    """
 
     name: str
     precision: str
-    reason: str
-    warning: str = ""
+    reason: str = field(compare=False)
+    warning: str = field(default="", compare=False)
 
     def autocast(self) -> AbstractContextManager:
         """Return the context under which forward passes run: bf16 autocast, or nothing in fp32."""
@@ -34,13 +42,19 @@ class Kernels:
         """Return the model and optimizer as these kernels want them; the caller keeps no other reference to either.
 
         The model's parameters stay plain fp32 tensors under their own names, so that a `state_dict` needs no translation. Optimizer state
-        loaded before this call resumes bit-exactly. reference leaves everything as it is; native and ipex use channels_last.
+        loaded before this call resumes bit-exactly. reference leaves everything as it is; the others use channels_last. What fused replaces is
+        counted by `hcsdl.kernels.replacement.replaced`.
         """
         if isinstance(model, torch.nn.parallel.DistributedDataParallel):
             raise TypeError("kernels prepare a bare model: call prepare() before wrapping the model in DistributedDataParallel.")
         if self.name == "reference":
             return model, optimizer
         model = model.to(memory_format=torch.channels_last)
+        if self.name == "fused":
+            if not replace_operators(model):
+                log.warning("warning: kernels=fused: %s has nothing to replace: it runs as with kernels=native.", type(model).__name__)
+            if optimizer is not None and "fused" in optimizer.defaults:
+                _fuse(optimizer)
         if self.name == "ipex" and optimizer is not None:
             import intel_extension_for_pytorch as ipex
 
@@ -49,26 +63,65 @@ class Kernels:
         return model, optimizer
 
 
-def choose_kernels(name: str) -> Kernels:
-    """Return the kernels for a setting (`auto`, `reference`, `native`, `ipex`) on this processor and these packages.
+def _fuse(optimizer: torch.optim.Optimizer) -> None:
+    """Let torch's SGD or AdamW read and write each weight once a step."""
+    for group in optimizer.param_groups:
+        group |= {"fused": True, "foreach": False}
+    optimizer.register_step_pre_hook(lambda moving, *_: _lay_out_alike(moving))
 
-    bf16 convolutions without AVX512_BF16 or AMX are 4 to 16 times slower than fp32 (pytorch/pytorch#183815), so without them every choice
-    runs in fp32, with a warning. Raises ConfigError where IPEX is asked for by name and cannot be had.
+
+@torch.no_grad()
+def _lay_out_alike(optimizer: torch.optim.Optimizer) -> None:
+    """Bring gradients and state into their weights' memory format: torch's fused optimizers go through memory and take it to be the same."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight.grad is not None and _steps(weight.grad) != _steps(weight):
+                weight.grad = torch.empty_like(weight).copy_(weight.grad)
+            state = optimizer.state.get(weight, {})
+            for key, value in state.items():
+                if torch.is_tensor(value) and value.shape == weight.shape and _steps(value) != _steps(weight):
+                    state[key] = torch.empty_like(weight).copy_(value)
+
+
+def _steps(tensor: torch.Tensor) -> list[int]:
+    return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+def choose_kernels(name: str) -> Kernels:
+    """Return the kernels for a setting (`auto`, `reference`, `native`, `ipex`, `fused`) on this processor and these packages.
+
+    `auto` is fused, which was the fastest for each of our networks where it was measured (BENCHMARKS.md). Where our operators cannot be
+    compiled or run, fused is native, and auto is ipex or native, with a warning. bf16 convolutions without AVX512_BF16 or AMX are 4 to 16 times
+    slower than fp32 (pytorch/pytorch#183815), so without them every choice runs in fp32, with a warning. Raises ConfigError where IPEX is asked
+    for by name and cannot be had.
     """
     if name == "reference":
         return Kernels("reference", "fp32", "asked for")
-    flags, problem = bf16_flags(), ipex_problem() if name in ("auto", "ipex") else ""
-    if name == "ipex" and problem:
+    if name == "ipex" and (problem := ipex_problem()):
         raise ConfigError(f"kernels=ipex needs intel-extension-for-pytorch and a torch of the same version. {problem} Use kernels=native.")
+    chosen, reasons, warnings = name, [], []
+    if name in ("auto", "fused"):
+        try:
+            chosen, reason = "fused", f"our operators compiled for {compile_operators()}"
+        except NoLibrary as error:
+            chosen, reason = "native", f"no operators of our own: {error}"
+            warnings.append(f"kernels={name}: our own operators cannot be had, since {error}: those of PyTorch run in their place, slower.")
+        reasons.append(reason)
+    flags = bf16_flags()
     if not flags:
-        warning = f"kernels={name}: this processor has neither AVX512_BF16 nor AMX, where bf16 is slower than fp32: training in fp32."
-        return Kernels("native" if name == "auto" else name, "fp32", "no bf16 instructions", warning)
-    having = f"the processor has {' and '.join(f.upper() for f in flags)}"
-    if name != "auto":
-        return Kernels(name, "bf16", "asked for")
-    if problem:
-        return Kernels("native", "bf16", f"{having}; {problem}")
-    return Kernels("ipex", "bf16", f"{having} and IPEX imports")
+        warnings.append(
+            f"kernels={name}: this processor has neither AVX512_BF16 nor AMX, where bf16 is slower than fp32: training in fp32."
+        )
+        return Kernels(chosen, "fp32", "; ".join(["no bf16 instructions", *reasons]), " ".join(warnings))
+    if name == "auto":
+        reasons.insert(0, f"the processor has {' and '.join(f.upper() for f in flags)}")
+        if chosen == "native":
+            problem = ipex_problem()
+            chosen = "native" if problem else "ipex"
+            reasons.append(problem or "IPEX imports")
+    else:
+        reasons.insert(0, "asked for")
+    return Kernels(chosen, "bf16", "; ".join(reasons), " ".join(warnings))
 
 
 def ipex_problem() -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hcsdl.kernels import Kernels
+from hcsdl.kernels.replacement import replace_operators
 
 
 def for_inference(model: nn.Module, kernels: Kernels) -> Embedder:
@@ -26,6 +27,8 @@ def for_inference(model: nn.Module, kernels: Kernels) -> Embedder:
     model = copy.deepcopy(model).eval().requires_grad_(False)
     if kernels.name == "reference":
         return Embedder(model, torch.float32, 0)
+    if kernels.name == "fused":
+        replace_operators(model)  # of which the max-pools are left after the folding
     folded = fold_batch_norm(model)
     dtype = torch.bfloat16 if kernels.precision == "bf16" else torch.float32
     classifier = copy.deepcopy(model.fc)

@@ -24,8 +24,14 @@ def processor() -> str:
 
 def bf16_flags() -> list[str]:
     """Return which of AMX_BF16 and AVX512_BF16 this processor has, as the kernel spells them."""
+    flags = processor_flags()
+    return [f for f in BF16_FLAGS if f in flags]
+
+
+def processor_flags() -> set[str]:
+    """Return what this processor can do, as the kernel spells it."""
     flags = re.search(r"^flags\s*:\s*(.*)$", _cpuinfo(), re.M)
-    return [f for f in BF16_FLAGS if flags and f in flags.group(1).split()]
+    return set(flags.group(1).split()) if flags else set()
 
 
 def _cpuinfo() -> str:

@@ -13,7 +13,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-COMPILERS = ("c++", "g++", "clang++", "icpx")
+COMPILERS = ("gcc", "cc", "clang")
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,15 @@ def load_average() -> float:
 
 
 def compiler() -> str | None:
-    """Return the path of the first C++ compiler on PATH, or of the one CXX names."""
-    names = (os.environ["CXX"], *COMPILERS) if os.environ.get("CXX") else COMPILERS
+    """Return the path of the first C compiler on PATH, or of the one CC names."""
+    names = (os.environ["CC"], *COMPILERS) if os.environ.get("CC") else COMPILERS
     return next((path for path in map(shutil.which, names) if path), None)
+
+
+def cache_folder() -> Path:
+    """Return the folder for what this user need not make twice: `$XDG_CACHE_HOME/hcsdl`, else `~/.cache/hcsdl`. It may not exist."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path(os.path.expanduser("~")) / ".cache") / "hcsdl"
 
 
 def addresses_of(host: str) -> list[str]:

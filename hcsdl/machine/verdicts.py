@@ -172,10 +172,10 @@ def clock(found: tuple[str, str] | None) -> Verdict:
 
 
 def compiler(path: str | None) -> Verdict:
-    """Judge the C++ compiler, for kernels compiled at their first use."""
+    """Judge the C compiler, for kernels compiled at their first use."""
     if path is None:
         return Verdict(
-            "note", "compiler", "none found: kernels that are compiled at their first use stay off. Install g++, or name one in CXX."
+            "note", "compiler", "none found: kernels that are compiled at their first use stay off. Install gcc, or name one in CC."
         )
     return Verdict("ok", "compiler", path)
 

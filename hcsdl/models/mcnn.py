@@ -65,6 +65,7 @@ class MCNN(nn.Module):
         self.checkpoint_activations = checkpoint_activations
         channels = [scaled_channels(count, width) for count in COLUMN_CHANNELS]
         self.columns = nn.ModuleList(_column(in_channels, count, STRIDE // 2**n) for n, count in enumerate(channels))
+        self.halve = nn.MaxPool2d(2)
         self.stem_weights = tuple(f"columns.{n}.0.weight" for n in range(len(channels)))
         self.num_features = self.head_hidden_size = scaled_channels(MIXED_CHANNELS, width)
         self.mix = nn.Conv2d(sum(channels), self.num_features, kernel_size=1)
@@ -98,7 +99,7 @@ class MCNN(nn.Module):
         parts = []
         for n, column in enumerate(self.columns):
             if n > 0:
-                images = F.max_pool2d(images, 2)
+                images = self.halve(images)
             parts.append(recomputed(column, images) if self.checkpoint_activations else column(images))
         return F.relu(self.mix(torch.cat(parts, dim=1)))
 
@@ -107,7 +108,7 @@ class MCNN(nn.Module):
         if self.image_size is None:
             embedding = torch.flatten(F.adaptive_avg_pool2d(features, 1), 1)
         else:
-            embedding = F.relu(self.hidden(torch.flatten(F.max_pool2d(features, 2), 1)))
+            embedding = F.relu(self.hidden(torch.flatten(self.halve(features), 1)))
         return embedding if pre_logits else self.fc(embedding)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -81,11 +81,15 @@ class ResNet(nn.Module):
         Raises `DataError` on another number of channels or an image below `minimum_size`.
         """
         check_images(images, self.in_channels, self.minimum_size)
-        features = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        features = self.stem(images)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
                 features = recomputed(block, features) if self.checkpoint_activations else block(features)
         return features
+
+    def stem(self, images: Tensor) -> Tensor:
+        """Return what the first block takes, (N, C, ceil(H/4), ceil(W/4)), of `images` (N, in_channels, H, W)."""
+        return self.maxpool(self.relu(self.bn1(self.conv1(images))))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits (N, num_classes) of a feature map, with `pre_logits` its mean over pixels, the embedding (N, num_features)."""

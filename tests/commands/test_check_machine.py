@@ -65,7 +65,7 @@ GOOD = {
     "load_average": 0.0,
     "huge_pages": "madvise",
     "governor": ("intel_pstate", "performance"),
-    "compiler": "/usr/bin/g++",
+    "compiler": "/usr/bin/gcc",
     "stale_segments": {},
     "shared_memory_bytes": (64 * GIB, 64 * GIB),
     "open_files_limit": 65536.0,

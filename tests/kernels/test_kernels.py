@@ -10,28 +10,44 @@ import torch
 
 from hcsdl import kernels
 from hcsdl.config import ConfigError, ModelConfig, TrainingConfig
-from hcsdl.kernels import choose_kernels
+from hcsdl.kernels import Kernels, choose_kernels
+from hcsdl.kernels.native.build import NoLibrary
 from hcsdl.models import build_model
 from hcsdl.training.optimizers import build_optimizer
 
 HAS_IPEX = importlib.util.find_spec("intel_extension_for_pytorch") is not None
 BF16 = bool(kernels.bf16_flags())
-NAMES = ["reference", "native", pytest.param("ipex", marks=pytest.mark.skipif(not HAS_IPEX, reason="no IPEX here"))]
+NAMES = ["reference", "native", "fused", pytest.param("ipex", marks=pytest.mark.skipif(not HAS_IPEX, reason="no IPEX here"))]
 
 
-def test_auto_takes_ipex_where_it_imports() -> None:
+def test_auto_takes_our_operators() -> None:
+    found = choose_kernels("auto")
+    assert found.name == "fused" and found.precision == ("bf16" if BF16 else "fp32")
+    assert "our operators compiled for" in found.reason and not (BF16 and found.warning)
+
+
+def test_auto_without_a_compiler_takes_ipex_where_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "compile_operators", no_library)
     found = choose_kernels("auto")
     assert found.name == ("ipex" if HAS_IPEX and BF16 else "native")
-    assert found.precision == ("bf16" if BF16 else "fp32") and found.reason
+    assert "there is no C compiler" in found.warning and "there is no C compiler" in found.reason
+
+
+def no_library() -> str:
+    raise NoLibrary("there is no C compiler")
 
 
 def test_without_bf16_instructions_fp32_and_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "bf16_flags", lambda: [])
-    for name in ("auto", "native"):
+    for name, chosen in (("auto", "fused"), ("fused", "fused"), ("native", "native")):
         found = choose_kernels(name)
-        assert (found.name, found.precision) == ("native", "fp32")
+        assert (found.name, found.precision) == (chosen, "fp32")
         assert "neither AVX512_BF16 nor AMX" in found.warning
     assert choose_kernels("reference").warning == ""
+
+
+def test_ranks_agree_on_name_and_precision() -> None:
+    assert Kernels("fused", "bf16", "here") == Kernels("fused", "bf16", "there", "a warning") != Kernels("native", "bf16", "here")
 
 
 def test_reference_is_plain_fp32() -> None:
@@ -45,6 +61,7 @@ def test_reference_is_plain_fp32() -> None:
 
 def test_another_torch_than_ipex_wants_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "1.13.0+cpu")
+    monkeypatch.setattr(kernels, "compile_operators", no_library)
     assert choose_kernels("auto").name == "native"
     with pytest.raises(ConfigError, match="IPEX 1.13.0.* is for torch 1.13, and torch is .* Use kernels=native"):
         choose_kernels("ipex")

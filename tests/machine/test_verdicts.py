@@ -43,7 +43,7 @@ GIB, MIB = 2**30, 2**20
         (verdicts.clock(("acpi-cpufreq", "powersave")), "PROBLEM", "lowest frequency"),
         (verdicts.clock(("intel_pstate", "powersave")), "ok", "intel_pstate"),
         (verdicts.clock(None), "ok", "host"),
-        (verdicts.compiler(None), "note", "Install g++"),
+        (verdicts.compiler(None), "note", "Install gcc"),
         (verdicts.ipex("2.13.0", "2.8.0", "auto"), "note", "do not fit"),
         (verdicts.ipex("2.13.0+cpu", "2.8.0", "ipex"), "PROBLEM", "Install torch 2.8"),
         (verdicts.ipex("2.8.0+cpu", "2.8.10+xpu", "ipex"), "ok", "IPEX 2.8.10"),

@@ -20,7 +20,7 @@ STEPS = ["training.epochs=3", "training.checkpoint_every_steps=1"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("kernels", ["native", IPEX])
+@pytest.mark.parametrize("kernels", ["fused", IPEX])
 def test_killed_and_resumed_run_ends_with_the_same_bits(tiny_plates: Path, tmp_path: Path, kernels: str, ranks: int) -> None:
     words = [f"kernels={kernels}", f"distributed.ranks={ranks}", *STEPS]
     train_on(ranks, tiny_plates, tmp_path / "alone", *words)

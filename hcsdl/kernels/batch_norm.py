@@ -1,0 +1,133 @@
+"""Batch norm with what follows it, ReLU or the sum with a residual and ReLU, in one operator that moves as few bytes as it can.
+
+In: activations (N, C, H, W), a batch norm, perhaps a residual of the same shape. Out: relu(norm(x) + residual). Promised: the numbers of torch's own
+operators up to rounding, and its running statistics; activations bf16 or fp32, everything else fp32; the same bits with any number of threads.
+
+Of activations the backward pass keeps x, and with a residual the output, which the next convolution keeps anyway. Bytes for each element of a bf16
+activation: forward 6 (with a residual 8), backward 10 (14), where torch's operators move 12 (18) and 16 (16).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_double, c_int, c_long, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from hcsdl.kernels.native.build import library
+
+SOURCE = Path(__file__).parent / "native" / "batch_norm.c"
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_PLAIN, _RELU, _ADD_RELU = 0, 1, 2
+_CHANNELS_LAST = torch.channels_last
+
+
+def batch_norm_relu(x: Tensor, norm: nn.Module, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+    """Return relu(norm(x) + residual), or norm(x) without `relu`; one native operator where `norm` trains, else `plain_batch_norm_relu`.
+
+    Parameters
+    ----------
+    x : activations (N, C, H, W), bf16 or fp32; another memory format than channels_last is copied.
+    norm : an `nn.BatchNorm2d` with weight and bias; its running statistics move as torch's. What stands in its place after folding is called.
+    residual : as `x`, or none; not without `relu`.
+    """
+    if not _is_native(x, norm):
+        return plain_batch_norm_relu(x, norm, residual, relu)
+    factor = 0.0
+    if norm.track_running_stats:
+        norm.num_batches_tracked.add_(1)
+        factor = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    if residual is not None:
+        residual = residual.to(x.dtype)
+    form = _ADD_RELU if residual is not None else _RELU if relu else _PLAIN
+    return _BatchNorm.apply(x, norm.weight, norm.bias, residual, norm.running_mean, norm.running_var, factor, norm.eps, form)
+
+
+def plain_batch_norm_relu(x: Tensor, norm: nn.Module, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+    """Return what `batch_norm_relu` does, by torch's operators."""
+    out = norm(x)
+    if residual is not None:
+        out = out + residual
+    return torch.relu(out) if relu else out
+
+
+def _is_native(x: Tensor, norm: nn.Module) -> bool:
+    """Whether the native operator knows the case: torch's own serves evaluation, empty mini-batches and refuses single values."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.training
+        and norm.affine
+        and norm.weight.dtype == torch.float32
+        and x.dtype in _TYPES
+        and x.device.type == "cpu"
+        and x.ndim == 4
+        and x.shape[1] == norm.num_features
+        and x.numel() > x.shape[1]
+    )
+
+
+@cache
+def operators() -> ctypes.CDLL:
+    """Return the native operators, compiled where need be. Raises `NoLibrary`."""
+    return declared(library(SOURCE))
+
+
+def declared(made: ctypes.CDLL) -> ctypes.CDLL:
+    """Return a library made of `SOURCE` with its functions' types told."""
+    made.batch_norm_forward.argtypes = (*(c_int,) * 2, *(c_void_p,) * 6, *(c_double,) * 2, *(c_void_p,) * 2, *(c_long,) * 2, c_int)
+    made.batch_norm_backward.argtypes = (*(c_int,) * 2, *(c_void_p,) * 10, *(c_long,) * 2, c_int)
+    return made
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        factor: float,
+        eps: float,
+        form: int,
+    ) -> Tensor:
+        x = x.contiguous(memory_format=_CHANNELS_LAST)
+        residual = None if residual is None else residual.contiguous(memory_format=_CHANNELS_LAST)
+        y, statistics = torch.empty_like(x), weight.new_empty(2, x.shape[1])
+        before = _TYPES[x.dtype], form, _at(x), _at(residual), _at(weight), _at(bias), _at(running_mean), _at(running_var)
+        _call(operators().batch_norm_forward, *before, factor, eps, _at(statistics), _at(y), *_size(x))
+        ctx.form = form
+        ctx.save_for_backward(x, weight, bias, statistics, y if form == _ADD_RELU else None)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, statistics, y = ctx.saved_tensors
+        dy = dy.to(x.dtype).contiguous(memory_format=_CHANNELS_LAST)
+        dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+        dresidual = torch.empty_like(x) if ctx.form == _ADD_RELU else None
+        read = _at(x), _at(dy), _at(y), _at(weight), _at(bias), _at(statistics)
+        written = _at(dweight), _at(dbias), _at(dx), _at(dresidual)
+        _call(operators().batch_norm_backward, _TYPES[x.dtype], ctx.form, *read, *written, *_size(x))
+        return dx, dweight, dbias, dresidual, None, None, None, None, None
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _size(x: Tensor) -> tuple[int, int, int]:
+    return x.numel() // x.shape[1], x.shape[1], torch.get_num_threads()
+
+
+def _call(function: Any, *arguments: Any) -> None:
+    if function(*arguments):
+        raise MemoryError("batch norm could not have the memory for its sums.")

@@ -1,0 +1,179 @@
+/* Max-pool over channels_last tensors, with the place of each maximum kept as its number in the window.
+ *
+ * In: (N, H, W, C) bf16 or fp32. Out: (N, OH, OW, C) and, where asked for, places in one byte (windows of up to 16 x 16) or two. As in torch's
+ * max_pool2d the first of equal values wins, row by row, and one that is not a number beats all. The backward pass gathers: every value of the
+ * input's gradient is summed in fp32 and written once, whether windows overlap or not.
+ */
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+
+typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t i16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t u16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t h16 __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint8_t b16 __attribute__((vector_size(16), aligned(1), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+    int64_t height, width, channels, kernel, stride, padding, out_height, out_width;
+} Shape;
+
+/* `count` of the 16 values at `at`, the others 0. */
+INLINE v16 load(const void *data, int64_t at, int64_t count, int bf16)
+{
+    if (count < LANES) {
+        uint16_t half[LANES] = {0};
+        float whole[LANES] = {0};
+        if (!bf16) return memcpy(whole, (const float *)data + at, count * sizeof(float)), *(v16 *)whole;
+        memcpy(half, (const uint16_t *)data + at, count * sizeof(uint16_t));
+        return (v16)(__builtin_convertvector(*(h16 *)half, i16) << 16);
+    }
+    return bf16 ? (v16)(__builtin_convertvector(*(const h16 *)((const uint16_t *)data + at), i16) << 16) : *(const v16 *)((const float *)data + at);
+}
+
+/* To the nearest, ties to even, as torch rounds; what is not a number stays so. */
+INLINE void store(void *data, int64_t at, int64_t count, v16 value, int bf16)
+{
+    if (!bf16) {
+        if (count == LANES) *(v16 *)((float *)data + at) = value;
+        else memcpy((float *)data + at, &value, count * sizeof(float));
+        return;
+    }
+    u16 bits = (u16)value, nan = (u16)(value != value);
+    u16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    h16 half = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), h16);
+    if (count == LANES) *(h16 *)((uint16_t *)data + at) = half;
+    else memcpy((uint16_t *)data + at, &half, count * sizeof(uint16_t));
+}
+
+INLINE void store_places(void *data, int64_t at, int64_t count, i16 places, int wide)
+{
+    h16 two = __builtin_convertvector(places, h16);
+    b16 one = __builtin_convertvector(places, b16);
+    memcpy((char *)data + at * (wide ? 2 : 1), wide ? (void *)&two : (void *)&one, count * (wide ? 2 : 1));
+}
+
+INLINE i16 load_places(const void *data, int64_t at, int64_t count, int wide)
+{
+    h16 two = {0};
+    b16 one = {0};
+    memcpy(wide ? (void *)&two : (void *)&one, (const char *)data + at * (wide ? 2 : 1), count * (wide ? 2 : 1));
+    return wide ? __builtin_convertvector(two, i16) : __builtin_convertvector(one, i16);
+}
+
+INLINE void forward_row(const Shape *s, const void *in, void *out, void *places, int64_t row, int bf16, int wide)
+{
+    int64_t oy = row % s->out_height, plane = row / s->out_height * s->height * s->width;
+    int64_t y0 = oy * s->stride - s->padding, top = y0 < 0 ? -y0 : 0, bottom = s->height - y0 < s->kernel ? s->height - y0 : s->kernel;
+    for (int64_t ox = 0; ox < s->out_width; ox++) {
+        int64_t x0 = ox * s->stride - s->padding, left = x0 < 0 ? -x0 : 0, right = s->width - x0 < s->kernel ? s->width - x0 : s->kernel;
+        for (int64_t c = 0; c < s->channels; c += LANES) {
+            int64_t count = s->channels - c < LANES ? s->channels - c : LANES, at = (row * s->out_width + ox) * s->channels + c;
+            v16 best = load(in, (plane + (y0 + top) * s->width + x0 + left) * s->channels + c, count, bf16);
+            i16 place = (i16){0} + (int32_t)(top * s->kernel + left);
+            for (int64_t y = top; y < bottom; y++) {
+                int64_t from = (plane + (y0 + y) * s->width + x0) * s->channels + c;
+                for (int64_t x = left; x < right; x++) {
+                    v16 value = load(in, from + x * s->channels, count, bf16);
+                    i16 take = (i16)(value > best) | (i16)(value != value);
+                    best = (v16)((take & (i16)value) | (~take & (i16)best));
+                    place = (take & (int32_t)(y * s->kernel + x)) | (~take & place);
+                }
+            }
+            store(out, at, count, best, bf16);
+            if (places) store_places(places, at, count, place, wide);
+        }
+    }
+}
+
+INLINE void backward_row(const Shape *s, const void *gradient, const void *places, void *out, int64_t row, int bf16, int wide)
+{
+    int64_t y = row % s->height + s->padding, plane = row / s->height * s->out_height * s->out_width;
+    int64_t first = y < s->kernel ? 0 : (y - s->kernel) / s->stride + 1, last = y / s->stride < s->out_height ? y / s->stride : s->out_height - 1;
+    for (int64_t column = 0; column < s->width; column++) {
+        int64_t x = column + s->padding;
+        int64_t left = x < s->kernel ? 0 : (x - s->kernel) / s->stride + 1, right = x / s->stride < s->out_width ? x / s->stride : s->out_width - 1;
+        for (int64_t c = 0; c < s->channels; c += LANES) {
+            int64_t count = s->channels - c < LANES ? s->channels - c : LANES;
+            v16 sum = {0};
+            for (int64_t oy = first; oy <= last; oy++) {
+                for (int64_t ox = left; ox <= right; ox++) {
+                    int64_t at = (plane + oy * s->out_width + ox) * s->channels + c;
+                    i16 here = load_places(places, at, count, wide) == (int32_t)((y - oy * s->stride) * s->kernel + x - ox * s->stride);
+                    sum += (v16)(here & (i16)load(gradient, at, count, bf16));
+                }
+            }
+            store(out, (row * s->width + column) * s->channels + c, count, sum, bf16);
+        }
+    }
+}
+
+/* `places` may be null; `wide`: two bytes each. */
+void max_pool_forward(
+    const void *in, void *out, void *places, int64_t images, int64_t height, int64_t width, int64_t channels, int64_t kernel, int64_t stride,
+    int64_t padding, int64_t out_height, int64_t out_width, int64_t bf16, int64_t wide, int64_t threads)
+{
+    Shape s = {height, width, channels, kernel, stride, padding, out_height, out_width};
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < images * out_height; row++) {
+        if (bf16 && wide) forward_row(&s, in, out, places, row, 1, 1);
+        else if (bf16) forward_row(&s, in, out, places, row, 1, 0);
+        else if (wide) forward_row(&s, in, out, places, row, 0, 1);
+        else forward_row(&s, in, out, places, row, 0, 0);
+    }
+}
+
+void max_pool_backward(
+    const void *gradient, const void *places, void *out, int64_t images, int64_t height, int64_t width, int64_t channels, int64_t kernel,
+    int64_t stride, int64_t padding, int64_t out_height, int64_t out_width, int64_t bf16, int64_t wide, int64_t threads)
+{
+    Shape s = {height, width, channels, kernel, stride, padding, out_height, out_width};
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < images * height; row++) {
+        if (bf16 && wide) backward_row(&s, gradient, places, out, row, 1, 1);
+        else if (bf16) backward_row(&s, gradient, places, out, row, 1, 0);
+        else if (wide) backward_row(&s, gradient, places, out, row, 0, 1);
+        else backward_row(&s, gradient, places, out, row, 0, 0);
+    }
+}
+
+/* The maximum of two values as torch's max-pool takes it, `second` coming later. */
+INLINE float larger(float first, float second) { return second > first || second != second ? second : first; }
+
+/* 2 x 2 windows, no places: an image of few channels, whose vectors run along the row instead of the channels. `two_rows`: width * channels floats a thread. */
+INLINE void halve_row(const void *in, void *out, float *rows, int64_t from, int64_t to, int64_t width, int64_t channels, int bf16)
+{
+    int64_t line = width * channels, c = 0;
+    for (; c < line; c += LANES) {
+        int64_t count = line - c < LANES ? line - c : LANES;
+        v16 a = load(in, from + c, count, bf16), b = load(in, from + line + c, count, bf16);
+        i16 take = (i16)(b > a) | (i16)(b != b);
+        v16 best = (v16)((take & (i16)b) | (~take & (i16)a));
+        memcpy(rows + c, &best, count * sizeof(float));
+    }
+    for (int64_t x = 0; x < width / 2; x++) {
+        for (c = 0; c < channels; c++) {
+            float best = larger(rows[2 * x * channels + c], rows[(2 * x + 1) * channels + c]);
+            uint32_t bits;
+            memcpy(&bits, &best, 4);
+            if (bf16) ((uint16_t *)out)[to + x * channels + c] = (uint16_t)(bits >> 16);
+            else ((float *)out)[to + x * channels + c] = best;
+        }
+    }
+}
+
+void halve(const void *in, void *out, float *two_rows, int64_t images, int64_t height, int64_t width, int64_t channels, int64_t bf16, int64_t threads)
+{
+    int64_t out_height = height / 2, line = width * channels;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int64_t t = 0; t < threads; t++) {
+        for (int64_t row = images * out_height * t / threads; row < images * out_height * (t + 1) / threads; row++) {
+            int64_t from = (row / out_height * height + row % out_height * 2) * line, to = row * (width / 2) * channels;
+            if (bf16) halve_row(in, out, two_rows + t * line, from, to, width, channels, 1);
+            else halve_row(in, out, two_rows + t * line, from, to, width, channels, 0);
+        }
+    }
+}

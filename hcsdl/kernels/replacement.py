@@ -1,0 +1,87 @@
+"""A network of plain operators → the same network with ours in the places where they are faster.
+
+In: a `ResNet` or an `MCNN`, bare. Out: the same object, whose blocks, columns and poolings run `batch_norm_relu`, `SparseColumn` and `max_pool`.
+Promised: parameters and buffers stay the same objects under the same names, so a `state_dict` knows nothing of this; submodules stay those that
+folding for inference looks for; what was replaced is counted and not guessed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from hcsdl.kernels import batch_norm, columns, max_pool
+from hcsdl.kernels.batch_norm import batch_norm_relu
+from hcsdl.kernels.native.build import instruction_set
+from hcsdl.models.resnet import ResNet
+
+
+def compile_operators() -> str:
+    """Compile and load whatever `replace_operators` puts into a network; return the name of the instruction set. Raises `NoLibrary`."""
+    name = instruction_set().name
+    with ThreadPoolExecutor() as pool:  # each compiler is a process of its own
+        for making in [pool.submit(module.operators) for module in (batch_norm, columns, max_pool)]:
+            making.result()
+    return name
+
+
+def replace_operators(model: nn.Module) -> Counter[str]:
+    """Put our operators into `model`, in place; return how many of each kind. None where it has nothing that they know."""
+    for module in model.modules():
+        if type(module) in _FUSED:
+            module.__class__ = _FUSED[type(module)]  # only `forward` or `stem` differs: nothing to build or to copy
+    columns.replace_columns(model)
+    max_pool.replace_max_pools(model)
+    return replaced(model)
+
+
+def replaced(model: nn.Module) -> Counter[str]:
+    """Return how many of our operators of each kind a step of `model` runs: `batch norms`, `sparse columns`, `max-pools`."""
+    found: Counter[str] = Counter()
+    for module in model.modules():
+        if isinstance(module, tuple(_FUSED.values())):
+            parts = module.children() if isinstance(module, ResNet) else module.modules()
+            found["batch norms"] += sum(isinstance(part, nn.BatchNorm2d) for part in parts)
+        found["sparse columns"] += isinstance(module, columns.SparseColumn)
+        found["max-pools"] += isinstance(module, max_pool.MaxPool2d)
+    return +found
+
+
+class FusedBasicBlock(BasicBlock):
+    """torchvision's block of two 3×3 convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output, of `x` (N, C, H, W)."""
+        out = batch_norm_relu(self.conv1(x), self.bn1)
+        return batch_norm_relu(self.conv2(out), self.bn2, _shortcut(self, x))
+
+
+class FusedBottleneck(Bottleneck):
+    """torchvision's block of a 1×1, a 3×3 and a 1×1 convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output, of `x` (N, C, H, W)."""
+        out = batch_norm_relu(self.conv1(x), self.bn1)
+        out = batch_norm_relu(self.conv2(out), self.bn2)
+        return batch_norm_relu(self.conv3(out), self.bn3, _shortcut(self, x))
+
+
+class FusedResNet(ResNet):
+    """Our ResNet, whose stem is no block."""
+
+    def stem(self, images: Tensor) -> Tensor:
+        """Return what the first block takes, of `images` (N, in_channels, H, W)."""
+        return self.maxpool(batch_norm_relu(self.conv1(images), self.bn1))
+
+
+_FUSED: dict[type, type] = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck, ResNet: FusedResNet}
+
+
+def _shortcut(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
+    if block.downsample is None:
+        return x
+    convolution, norm = block.downsample
+    return batch_norm_relu(convolution(x), norm, relu=False)
