@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +18,25 @@ from pathlib import Path
 
 from hcsdl.machine.process import die_with_parent
 
+HIDDEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 TINY = ["experiment=tiny", "training.baseline=false", "training.journal_every_s=0", "machine.threads_per_rank=1"]
 
 
 def environment() -> dict[str, str]:
     """Our environment without what a launcher around the tests might have set."""
-    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
-    return {k: v for k, v in os.environ.items() if k not in hidden}
+    return {k: v for k, v in os.environ.items() if k not in HIDDEN}
+
+
+def once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """Return `folder`, which the first of all test processes to come here fills by `make(folder)`; the others wait for it. To be left as it is."""
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = Path(f"{folder}.done")
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a try that failed
+            make(folder)
+            done.touch()
+    return folder
 
 
 def with_the_tests() -> Callable[[], None]:

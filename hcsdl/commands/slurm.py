@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hcsdl.commands.compose import compose_command
-from hcsdl.commands.embed import work_folder
 from hcsdl.config import ConfigError, ExitCode
 from hcsdl.distributed.launcher import FRUITLESS, RESTARTED
 from hcsdl.distributed.slurm import Job, batch_job, requeue, run_tasks
@@ -37,6 +36,8 @@ def main() -> int:
             return run_element(words[1:])
         job = batch_job()
         if words[:1] == ["embed"]:
+            from hcsdl.commands.embed import work_folder
+
             return over_tasks(job, words, work_folder(compose_command("embed", words[1:])))[0]  # type: ignore[arg-type]
         config = compose_command("train", words)
         folder = RunFolder(config.run_dir or f"runs/{job.name}_{config.name}")  # type: ignore[attr-defined]

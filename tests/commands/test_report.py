@@ -26,6 +26,7 @@ from tests import runs
 from tests.browser import MISSING, Browser
 from tests.commands.test_score import FAST, whole_table
 from tests.profiles.screens import draw_wells
+from tests.runs import once
 
 pytestmark = pytest.mark.xeon_only
 LARGEST_PAGE = 15 * 2**20
@@ -38,25 +39,23 @@ def report(folder: Path, *words: object, code: int = 0) -> str:
     return (folder / "report.html").read_text(encoding="utf-8") if code == 0 else ""
 
 
-@pytest.fixture(scope="module")
-def made(tiny_plates: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of the tiny plates, the table of its network in it, and that table's scores."""
-    folder = tmp_path_factory.mktemp("report")
-    runs.train(tiny_plates, folder / "run", "distributed.ranks=1", "training.epochs=1", "training.baseline=true")
-    runs.run("embed", f"checkpoint={folder / 'run'}", "distributed.ranks=1")
-    (table,) = (folder / "run/embeddings").glob("*.parquet")
-    assert main(["score", f"profiles={table}", f"score.output={folder / 'scores'}", *FAST]) == 0
-    return folder
+@pytest.fixture(scope="session")
+def scores(shared: Path, table: Path) -> Path:
+    """The scores of the table of the tests' network, made once for all test processes."""
+
+    def score(folder: Path) -> None:
+        assert main(["score", f"profiles={table}", f"score.output={folder}", *FAST]) == 0
+
+    return once(shared / "scores", score)
 
 
-@pytest.fixture(scope="module")
-def page(made: Path) -> Path:
-    """The page of these scores, which lead to the table, the run and the plates."""
-    report(made / "report", f"scores={made / 'scores'}")
-    return made / "report" / "report.html"
+@pytest.fixture(scope="session")
+def page(shared: Path, scores: Path) -> Path:
+    """The page of these scores, which lead to the table, the run and the plates; made once for all test processes."""
+    return once(shared / "report", lambda folder: report(folder, f"scores={scores}")) / "report.html"
 
 
-def test_scores_lead_to_everything(made, page):
+def test_scores_lead_to_everything(page):
     """The executive answers come first, then every section; each picture stands in the page and lies beside it twice."""
     text = page.read_text(encoding="utf-8")
     order = [
@@ -95,10 +94,10 @@ def test_the_browser_would_tell(tmp_path):
     assert len(seen.errors) >= 2 and seen.requests[0].endswith("gone.png")
 
 
-def test_run_alone_says_what_makes_the_rest(made, tmp_path, capsys):
+def test_run_alone_says_what_makes_the_rest(trained, tmp_path, capsys):
     """A run without table and scores still has its page; every part that is missing names its command."""
     bare = tmp_path / "run"
-    shutil.copytree(made / "run", bare, ignore=shutil.ignore_patterns("embeddings", "checkpoints", "cache"))
+    shutil.copytree(trained, bare, ignore=shutil.ignore_patterns("embeddings", "checkpoints", "cache"))
     text = report(tmp_path / "out", f"run={bare}")
     absent = text[text.index('<section id="absent">') :]
     for command in ("hcsdl embed", "hcsdl score"):
@@ -106,9 +105,9 @@ def test_run_alone_says_what_makes_the_rest(made, tmp_path, capsys):
     assert "left out: " in capsys.readouterr().out and '<section id="training">' in text
 
 
-def test_repeats_with_the_command_it_shows(made):
+def test_repeats_with_the_command_it_shows(trained):
     """The exact command, given to hcsdl, composes the very configuration of the run."""
-    config = from_yaml("train", (made / "run/config.yaml").read_text())
+    config = from_yaml("train", (trained / "config.yaml").read_text())
     words = to_overrides(config, compose_command("train", []))
     assert compose_command("train", words) == config and any(word.startswith("plates.root=") for word in words)
     strange = [
@@ -123,11 +122,10 @@ def test_repeats_with_the_command_it_shows(made):
     assert compose_command("train", words) == config
 
 
-def test_fields_are_shown_as_the_network_gets_them_but_whole(made, tmp_path):
+def test_fields_are_shown_as_the_network_gets_them_but_whole(trained, table, tmp_path):
     """The run's scaling makes plates that were stained apart comparable; another plate of a run's plate's name is not scaled as that one was."""
-    record = read_run(made / "run", "run")
-    (table,) = (made / "run/embeddings").glob("*.parquet")
-    index, fitted = load_index(made / "run"), load_preprocessing(made / "run/preprocessing.npz")
+    record = read_run(trained, "run")
+    index, fitted = load_index(trained), load_preprocessing(trained / "preprocessing.npz")
     plate, image = fitted.plates[0], read_field(index.paths(0))
     shown = find_preprocessing(record, table)
     assert np.array_equal(shown.apply(image, plate), fitted.apply(image, plate))
@@ -135,7 +133,7 @@ def test_fields_are_shown_as_the_network_gets_them_but_whole(made, tmp_path):
     write_table(pd.read_parquet(table), read_about(table) | {"new_plates": [plate]}, tmp_path / "other.parquet")
     assert np.array_equal(find_preprocessing(record, tmp_path / "other.parquet").apply(image, plate), fitted.apply(image, "unheard of"))
     cropped = tmp_path / "run"
-    shutil.copytree(made / "run", cropped, ignore=shutil.ignore_patterns("embeddings", "checkpoints", "cache"))
+    shutil.copytree(trained, cropped, ignore=shutil.ignore_patterns("embeddings", "checkpoints", "cache"))
     replace(fitted, crop_px=(64, 64), downsample=2).save(cropped / "preprocessing.npz")
     assert find_preprocessing(read_run(cropped, "run"), None).apply(image, plate).shape == image.shape
     (cropped / "preprocessing.npz").write_bytes(b"")
@@ -143,23 +141,22 @@ def test_fields_are_shown_as_the_network_gets_them_but_whole(made, tmp_path):
         find_preprocessing(read_run(cropped, "run"), None)
 
 
-def test_without_a_checkpoint_the_fields_are_shown_and_attention_is_left_out(made, tmp_path):
+def test_without_a_checkpoint_the_fields_are_shown_and_attention_is_left_out(trained, table, tmp_path):
     bare = tmp_path / "run"
-    shutil.copytree(made / "run", bare, ignore=shutil.ignore_patterns("embeddings", "checkpoints", "cache"))
-    (table,) = (made / "run/embeddings").glob("*.parquet")
+    shutil.copytree(trained, bare, ignore=shutil.ignore_patterns("embeddings", "checkpoints", "cache"))
     run, index = read_run(bare, "run"), load_index(bare)
     section = fields_section(read_profiles(table), run, lambda: index, lambda: find_preprocessing(run, table), 1)
     assert {picture.name for picture in section.pictures} <= {"fields_best", "fields_worst"} and section.pictures
     assert "(Grad-CAM) is left out" in section.missing[0]
 
 
-def test_several_runs_are_compared(made, tmp_path):
+def test_several_runs_are_compared(trained, tmp_path):
     other = tmp_path / "other"
-    shutil.copytree(made / "run", other, ignore=shutil.ignore_patterns("embeddings", "checkpoints", "cache"))
+    shutil.copytree(trained, other, ignore=shutil.ignore_patterns("embeddings", "checkpoints", "cache"))
     config = other / "config.yaml"
     config.write_text(config.read_text().replace("learning_rate: 0.05\n", "learning_rate: 0.01\n"))
-    (other / "summary.json").write_text(json.dumps(runs.summary(made / "run") | {"well_accuracy": 1.0}))
-    text = report(tmp_path / "out", f"run=[{other},{made / 'run'}]")
+    (other / "summary.json").write_text(json.dumps(runs.summary(trained) | {"well_accuracy": 1.0}))
+    text = report(tmp_path / "out", f"run=[{other},{trained}]")
     part = text[text.index('<section id="comparison">') : text.index('<section id="training">')]
     assert "training.learning_rate" in part and "other is best with 100% of held-out wells, run last" in part
 
@@ -197,9 +194,9 @@ def test_refused(tmp_path, monkeypatch, capsys, words, code, sentence):
     assert sentence in err and err.count("\n") == 1
 
 
-def test_unknown_compound_and_unwritable_output_are_refused(made, tmp_path, capsys):
+def test_unknown_compound_and_unwritable_output_are_refused(trained, scores, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["report", f"run={made / 'run'}", f"report.output={tmp_path / 'file'}"]) == 2
+    assert main(["report", f"run={trained}", f"report.output={tmp_path / 'file'}"]) == 2
     assert "report.output must be a folder that can be written" in capsys.readouterr().err
-    assert main(["report", f"scores={made / 'scores'}", f"report.output={tmp_path / 'out'}", "report.compound=water"]) == 2
+    assert main(["report", f"scores={scores}", f"report.output={tmp_path / 'out'}", "report.compound=water"]) == 2
     assert "report.compound must be one of the table's compounds" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import os
 import shutil
 import signal
@@ -21,7 +20,7 @@ from hcsdl.config import SimulateConfig
 from hcsdl.data.reading import read_field
 from hcsdl.plates.quality import measure_field
 from hcsdl.training.embeddings import WorkFolder, read_about
-from tests import runs
+from tests import forked, runs
 from tests.forked import kill_what_is_left, start_ranks
 
 FIELDS, CHANNELS = 48, ("DAPI", "Tubulin", "Actin")
@@ -34,15 +33,10 @@ def nothing_left() -> Iterator[None]:
     kill_what_is_left()
 
 
-@pytest.fixture(scope="module")
-def run(tiny_plates: Path) -> Path:
-    """Return a run folder on the tiny plates, trained once for all test processes; tables go elsewhere."""
-    folder = tiny_plates.parent / "embedded_run"
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "summary.json").exists():
-            runs.train(tiny_plates, folder, "distributed.ranks=1", "training.epochs=2", "kernels=native")
-    return folder
+@pytest.fixture
+def run(trained: Path) -> Path:
+    """The run; tables go elsewhere."""
+    return trained
 
 
 def words(run: Path, output: Path, *more: object) -> list[str]:
@@ -115,7 +109,7 @@ def test_killed_and_stopped_commands_go_on_to_the_same_bytes(run: Path, tmp_path
 
     def start_and(number: int, count: int) -> subprocess.Popen:
         """Start a command and send it a signal as soon as `count` parts are on disk."""
-        process, limit = runs.start(*more, "distributed.ranks=1"), time.monotonic() + 150
+        process, limit = forked.start(*more, "distributed.ranks=1"), time.monotonic() + 150
         while work.last_saved() < count:
             if process.poll() is not None or time.monotonic() > limit:
                 break
@@ -137,11 +131,11 @@ def test_killed_and_stopped_commands_go_on_to_the_same_bytes(run: Path, tmp_path
     runs.kill_session(process)
     assert work.last_saved() > saved and not output.exists()
 
-    said = runs.run(*more, "distributed.ranks=2").stderr  # another number of ranks
+    said = forked.run(*more, "distributed.ranks=2").stderr  # another number of ranks
     assert "mini-batches were computed before" in said and "going on with step-" in said
     assert output.read_bytes() == (tmp_path / "alone.parquet").read_bytes() and not work.path.exists()
-    assert "is there already" in runs.run(*more).stderr
-    assert "is another table" in runs.run(*more, "embed.by=well", code=2).stderr
+    assert "is there already" in forked.run(*more).stderr
+    assert "is another table" in forked.run(*more, "embed.by=well", code=2).stderr
 
 
 def test_new_plates_without_labels(run: Path, tiny_plates: Path, tmp_path: Path) -> None:

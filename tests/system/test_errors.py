@@ -17,7 +17,7 @@ import pytest
 import tifffile
 
 from hcsdl.commands.cli import main
-from tests import runs
+from tests import forked, runs
 from tests.plates.screens import write_screen
 
 README = Path(__file__).parents[2] / "README.md"
@@ -127,19 +127,19 @@ def test_broken_images_can_be_skipped_up_to_a_limit(tmp_path: Path) -> None:
         "kernels=reference",
         "training.baseline=true",
     ]
-    done = runs.train(plates, tmp_path / "run", *words)
+    done = forked.train(plates, tmp_path / "run", *words)
     found = runs.summary(tmp_path / "run")
     assert len(found["skipped_fields"]) == 2 and found["skipped_fields"][0] == "Week1_20000/B02/1"
     assert found["num_fields"] == 48 - 2
     assert "2 broken fields are skipped" in done.stderr
-    refused = runs.train(plates, tmp_path / "strict", *words, "data.max_bad_fields=1", code=3)
+    refused = forked.train(plates, tmp_path / "strict", *words, "data.max_bad_fields=1", code=3)
     assert "at most data.max_bad_fields=1 fields may be skipped. 2 are broken" in refused.stderr
 
 
 def test_non_finite_loss_stops_with_step_rank_and_fields(tiny_plates: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = ["distributed.ranks=2", "kernels=native", "training.warmup_epochs=0", "training.epochs=3", "training.learning_rate=1e30"]
-    done = runs.train(tiny_plates, folder, *words, "training.checkpoint_every_steps=1", code=4)
+    done = forked.train(tiny_plates, folder, *words, "training.checkpoint_every_steps=1", code=4)
     assert "the loss and its gradient must be finite. At step " in done.stderr
     assert "rank 0: " in done.stderr and "rank 1: " in done.stderr and "Week1_" in done.stderr
     assert "Traceback" not in done.stderr
@@ -148,20 +148,20 @@ def test_non_finite_loss_stops_with_step_rank_and_fields(tiny_plates: Path, tmp_
 def test_a_finished_run_a_used_folder_and_another_configuration(tiny_plates: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = ["distributed.ranks=1", "kernels=native", "training.epochs=1"]
-    runs.train(tiny_plates, folder, *words)
+    forked.train(tiny_plates, folder, *words)
     before = runs.digest(folder)
 
-    again = runs.train(tiny_plates, folder, *words)
+    again = forked.train(tiny_plates, folder, *words)
     assert "is finished: 8 steps" in again.stderr and runs.digest(folder) == before
-    never = runs.train(tiny_plates, folder, *words, "training.resume=never", code=2)
+    never = forked.train(tiny_plates, folder, *words, "training.resume=never", code=2)
     assert "training.resume=never needs a new run folder" in never.stderr
-    other = runs.train(tiny_plates, folder, *words, "training.learning_rate=0.5", code=2)
+    other = forked.train(tiny_plates, folder, *words, "training.learning_rate=0.5", code=2)
     assert "training.learning_rate was 0.05 and is 0.5" in other.stderr
 
     # Another run may start from it, another model may not.
-    onward = runs.train(tiny_plates, tmp_path / "onward", *words[:2], "training.epochs=2", f"training.resume={folder}")
+    onward = forked.train(tiny_plates, tmp_path / "onward", *words[:2], "training.epochs=2", f"training.resume={folder}")
     assert "resumed from step 8 of " in onward.stderr and runs.summary(tmp_path / "onward")["steps"] == 16
-    wider = runs.train(
+    wider = forked.train(
         tiny_plates, tmp_path / "wider", *words[:2], "training.epochs=2", "model.width=0.5", f"training.resume={folder}", code=3
     )
     assert "a checkpoint must be of the same model" in wider.stderr
@@ -170,22 +170,22 @@ def test_a_finished_run_a_used_folder_and_another_configuration(tiny_plates: Pat
 def test_a_corrupt_checkpoint_falls_back_to_the_one_before(tiny_plates: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = ["distributed.ranks=1", "kernels=native", "training.epochs=2"]
-    runs.train(tiny_plates, folder, *words, "training.max_steps=9", "training.checkpoint_every_steps=1")
+    forked.train(tiny_plates, folder, *words, "training.max_steps=9", "training.checkpoint_every_steps=1")
     newest = sorted((folder / "checkpoints").glob("step-*.pt"))[-1]
     cut(newest)
-    done = runs.train(tiny_plates, folder, *words)
+    done = forked.train(tiny_plates, folder, *words)
     assert f"{newest.name} is not: " in done.stderr and "Trying the one before." in done.stderr
     assert "resumed from step 8" in done.stderr
-    runs.train(tiny_plates, tmp_path / "alone", *words)
+    forked.train(tiny_plates, tmp_path / "alone", *words)
     assert runs.digest(folder) == runs.digest(tmp_path / "alone")
 
 
 def test_a_second_run_on_a_live_one_is_refused(tiny_plates: Path, tmp_path: Path) -> None:
     words = ["distributed.ranks=1", "kernels=native", "training.epochs=500"]
-    process = runs.start_train(tiny_plates, tmp_path / "run", *words)
+    process = forked.start_train(tiny_plates, tmp_path / "run", *words)
     try:
         runs.wait_for_step(process, tmp_path / "run", 1)
-        second = runs.train(tiny_plates, tmp_path / "run", *words, code=2)
+        second = forked.train(tiny_plates, tmp_path / "run", *words, code=2)
         assert f"is in use by process {process.pid}" in second.stderr
         assert process.poll() is None
     finally:
@@ -235,7 +235,7 @@ cp -r {tmp_path}/disk/run {tmp_path}/kept
     kept = [line for line in lines if line.endswith(".pt")]
     assert kept and not [line for line in lines if line.endswith(".tmp")]
     assert f"resumed from step {int(kept[-1][5:13])}" in done.stderr
-    runs.train(tiny_plates, tmp_path / "alone", "distributed.ranks=1", "kernels=native", "training.epochs=2")
+    forked.train(tiny_plates, tmp_path / "alone", "distributed.ranks=1", "kernels=native", "training.epochs=2")
     assert runs.digest(tmp_path / "kept") == runs.digest(tmp_path / "alone")
 
 
@@ -254,7 +254,8 @@ def test_plates_on_a_read_only_disk_can_be_trained_on(tiny_plates: Path, tmp_pat
 
 @pytest.mark.parametrize("whole_group", [True, False], ids=["terminal", "launcher alone"])
 def test_an_interrupt_saves(tiny_plates: Path, tmp_path: Path, whole_group: bool) -> None:
-    process = runs.start_train(tiny_plates, tmp_path / "run", "distributed.ranks=2", "kernels=native", "training.epochs=500")
+    start_train = runs.start_train if whole_group else forked.start_train
+    process = start_train(tiny_plates, tmp_path / "run", "distributed.ranks=2", "kernels=native", "training.epochs=500")
     runs.wait_for_step(process, tmp_path / "run", 1)
     if whole_group:
         os.killpg(process.pid, signal.SIGINT)  # what a terminal's Ctrl-C does
@@ -280,7 +281,7 @@ def test_summary_has_what_is_promised(tiny_plates: Path, tmp_path: Path) -> None
         "kernels=native",
         "data.sampling=balanced",
     ]
-    done = runs.run("train", *words)
+    done = forked.run("train", *words)
     found = runs.summary(tmp_path / "run")
     promised = set(
         "val_accuracy val_macro_f1 well_accuracy baseline_accuracy target split leaky sampling num_fields num_wells_val images_per_s data_wait_share epochs steps "
@@ -306,13 +307,13 @@ def test_targets_without_moa_never_read_the_moa_file(tiny_plates: Path, tmp_path
     plates = tmp_path / "plates"
     shutil.copytree(tiny_plates, plates)
     (plates / "BBBC021_v1_moa.csv").write_bytes(b"\xff\x00 no table at all")
-    runs.train(plates, tmp_path / "run", f"training.target={target}", "training.epochs=1", "distributed.ranks=1", "kernels=native")
+    forked.train(plates, tmp_path / "run", f"training.target={target}", "training.epochs=1", "distributed.ranks=1", "kernels=native")
     found = runs.summary(tmp_path / "run")
     assert found["target"].lower() == f"metadata_{target}" and len(found["classes"]) == 7
 
 
 def test_a_leaky_split_is_named_everywhere(tiny_plates: Path, tmp_path: Path) -> None:
-    done = runs.train(
+    done = forked.train(
         tiny_plates, tmp_path / "run", "plates.split=random_field", "training.epochs=1", "distributed.ranks=1", "kernels=native"
     )
     assert "leaky" in done.stdout and "leaky" in done.stderr.lower()

@@ -5,7 +5,6 @@ Ranks are started one by one, as srun or torchrun does, on one host or on two ho
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import os
 import random
@@ -64,12 +63,12 @@ def words(plates: Path, folder: Path, backend: str, epochs: int = SHORT) -> list
 
 def undisturbed(plates: Path, backend: str, world_size: int, epochs: int) -> str:
     """Return the digest of the weights of the run left alone, on one host; trained once for all test processes."""
-    folder = plates.parent / f"undisturbed-{backend}-{world_size}-{epochs}"
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "summary.json").exists():
-            for rank in start_ranks(words(plates, folder, backend, epochs), world_size, Path(f"{folder}-output")):
-                assert rank.wait(200) == 0, rank.said()
+
+    def train(folder: Path) -> None:
+        for rank in start_ranks(words(plates, folder, backend, epochs), world_size, Path(f"{folder}-output")):
+            assert rank.wait(200) == 0, rank.said()
+
+    folder = runs.once(plates.parent / f"undisturbed-{backend}-{world_size}-{epochs}", train)
     assert runs.summary(folder)["steps"] == 8 * epochs and runs.summary(folder)["world_size"] == world_size
     return runs.digest(folder)
 

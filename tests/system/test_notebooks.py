@@ -10,7 +10,7 @@ import pytest
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from tests import runs
+from tests import forked, runs
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NAMES = ("01_plates.ipynb", "02_training.ipynb", "03_mechanisms.ipynb")
@@ -48,16 +48,13 @@ def test_stored_without_outputs(name):
     assert parameters(notebook) < 3, "what to change stands at the beginning"
 
 
-def test_every_cell_runs_on_tiny_plates(tiny_plates, tmp_path):
+def test_every_cell_runs_on_tiny_plates(tiny_plates, trained, table, tmp_path):
     plates = tmp_path / "plates"
     shutil.copytree(tiny_plates, plates)  # measurements are kept beside the plates
-    common = ("distributed.ranks=1", "training.epochs=1")
-    runs.train(plates, tmp_path / "a", *common)
-    runs.train(plates, tmp_path / "b", *common, "training.max_steps=2", "seed=1")
-    runs.run("embed", f"checkpoint={tmp_path / 'a'}", "distributed.ranks=1")
-    (table,) = (tmp_path / "a/embeddings").glob("*.parquet")
+    other = tmp_path / "other"
+    forked.train(tiny_plates, other, "distributed.ranks=1", "kernels=native", "training.max_steps=2", "seed=1")
     assert len(execute(NAMES[0], tmp_path, PLATES=str(plates), PIXEL_SIZE_UM=0.65)) == 7
-    pictures = execute(NAMES[1], tmp_path, RUNS=[tmp_path / "a", tmp_path / "b"])
+    pictures = execute(NAMES[1], tmp_path, RUNS=[trained, other])
     assert len(pictures) == 6, "comparison, loss, accuracy, recall, confusion, speed"
     pictures = execute(NAMES[2], tmp_path, PLATES=str(plates), TABLE=table, DRAWS=200)
     for words in (

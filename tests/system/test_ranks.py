@@ -20,7 +20,7 @@ import torch
 import hcsdl
 import hcsdl.config
 import hcsdl.models
-from tests import runs
+from tests import forked, runs
 from tests.forked import start_ranks, train_on
 
 EXPERIMENTS = sorted(p.stem for p in (Path(__file__).parents[2] / "conf" / "experiment").glob("*.yaml"))
@@ -52,7 +52,7 @@ def test_accumulation_equals_one_mini_batch(tiny_plates: Path, tmp_path: Path) -
 
 def test_torchrun_gives_the_same_weights(tiny_plates: Path, tmp_path: Path) -> None:
     words = [*runs.TINY, f"plates.root={tiny_plates}", "kernels=native", "training.epochs=1"]
-    runs.run("train", *words, f"run_dir={tmp_path / 'own'}", "distributed.ranks=2")
+    forked.run("train", *words, f"run_dir={tmp_path / 'own'}", "distributed.ranks=2")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "hcsdl", "train", *words, f"run_dir={tmp_path / 'torchrun'}"],
         env=runs.environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=200,
@@ -81,7 +81,7 @@ def test_every_experiment_takes_a_step_on_tiny_plates(tiny_plates: Path, tmp_pat
         "training.baseline=false",
         "model.width=0.25",
     ]
-    runs.run("train", f"experiment={experiment}", f"plates.root={tiny_plates}", f"run_dir={tmp_path / 'run'}", *small)
+    forked.run("train", f"experiment={experiment}", f"plates.root={tiny_plates}", f"run_dir={tmp_path / 'run'}", *small)
     assert runs.summary(tmp_path / "run")["steps"] == 1
 
 
@@ -98,7 +98,7 @@ def sweep_words(plates: Path, folder: Path, epochs: int) -> list[str]:
 
 def test_a_sweep_runs_each_job_in_its_own_folder_and_sorts_the_table(tiny_plates: Path, tmp_path: Path) -> None:
     words = sweep_words(tiny_plates, tmp_path, epochs=1)
-    done = runs.run("train", "-m", *words, "training.learning_rate=0.01,0.1,0.3", code=0)
+    done = forked.run("train", "-m", *words, "training.learning_rate=0.01,0.1,0.3", code=0)
     table = done.stdout.rpartition("sweep ")[2].splitlines()[2:]
     values = [float(line.split()[1]) for line in table]
     assert len(values) == 3 and values == sorted(values, reverse=True)
@@ -107,7 +107,7 @@ def test_a_sweep_runs_each_job_in_its_own_folder_and_sorts_the_table(tiny_plates
 
 def test_a_failed_job_of_a_sweep_is_listed_and_the_others_go_on(tiny_plates: Path, tmp_path: Path) -> None:
     words = sweep_words(tiny_plates, tmp_path, epochs=1)
-    done = runs.run("train", "-m", *words, "training.global_batch_size=1000,4", code=2)
+    done = forked.run("train", "-m", *words, "training.global_batch_size=1000,4", code=2)
     table = done.stdout.rpartition("sweep ")[2].splitlines()[2:]
     assert table[0].split()[0] == "1" and "exit code 2" in table[1]
 
@@ -141,36 +141,27 @@ def test_load_run_gives_network_and_preprocessing(tiny_plates: Path, tmp_path: P
     assert sum(right) / len(right) == pytest.approx(runs.summary(tmp_path / "run")["val_accuracy"])
 
 
+def compare_parameters() -> None:
+    """Let this rank say, once trained, whether all ranks have its parameters."""
+    from hcsdl.commands.run import Run
+
+    finish = Run.finish
+
+    def compare(self: Run, seconds: float) -> None:
+        own = torch.cat([p.detach().flatten() for p in self.bare.parameters()])
+        everyone = self.group.all_gather_object(own)
+        print("\nequal" if all(torch.equal(own, other) for other in everyone) else "\ndifferent", flush=True)
+        finish(self, seconds)
+
+    Run.finish = compare
+
+
 def test_parameters_are_equal_on_all_ranks_after_training(tiny_plates: Path, tmp_path: Path) -> None:
-    script = """
-import os, sys, torch
-import hcsdl.commands.run as run_module
-finish = run_module.Run.finish
-def compare(self, seconds):
-    own = torch.cat([p.detach().flatten() for p in self.bare.parameters()])
-    everyone = self.group.all_gather_object(own)
-    print("equal" if all(torch.equal(everyone[0], other) for other in everyone) else "different", flush=True)
-    finish(self, seconds)
-run_module.Run.finish = compare
-from hcsdl.commands.rank import main
-main()
-"""
-    runner = tmp_path / "rank.py"
-    runner.write_text(script)
-    launcher = f"""
-import sys
-import hcsdl.commands.launch as launch
-start = launch.start_ranks
-launch.start_ranks = lambda words, *rest: start([{str(runner)!r}, *words[2:]], *rest)
-from hcsdl.commands.cli import main
-sys.exit(main())
-"""
-    words = [*runs.TINY, f"plates.root={tiny_plates}", f"run_dir={tmp_path / 'run'}", "distributed.ranks=2", "training.epochs=1"]
-    done = subprocess.run(
-        [sys.executable, "-c", launcher, "train", *words], env=runs.environment(), capture_output=True, text=True, check=False, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    assert "equal" in done.stdout.split() and "different" not in done.stdout
+    words = ["train", *runs.TINY, f"plates.root={tiny_plates}", f"run_dir={tmp_path / 'run'}", "training.epochs=1"]
+    ranks = start_ranks(words, 2, tmp_path / "said", dict.fromkeys((0, 1), compare_parameters))
+    for rank in ranks:
+        assert rank.wait(100) == 0, rank.said()
+        assert "equal" in rank.said().split() and "different" not in rank.said().split()
 
 
 def another_index() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.forked import on_call
 from tests.runs import environment, with_the_tests
 
 pytestmark = pytest.mark.timeout(900)
@@ -29,21 +29,12 @@ def test_from_plates_to_report(tmp_path: Path) -> None:
 
 def made(folder: Path) -> Path:
     """Return the folder of a finished tiny screen."""
-    words = [
-        "make",
-        "-o",
-        "env",
-        "screen",
-        f"HCSDL={sys.executable} -m hcsdl",
-        f"SCREEN={folder}",
-        "SIZE=tiny",
-        "FOLDS=0 1",
-        f"TRAIN={SHORT}",
-        f"EMBED={ALONE}",
-    ]
-    done = subprocess.run(
-        words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600, preexec_fn=with_the_tests(), check=False
-    )  # noqa: PLW1509  it takes no lock
+    with on_call() as hcsdl:
+        settings = [f"HCSDL={' '.join(hcsdl)}", f"SCREEN={folder}", "SIZE=tiny", "FOLDS=0 1", f"TRAIN={SHORT}", f"EMBED={ALONE}"]
+        done = subprocess.run(
+            ["make", "-o", "env", "screen", *settings],
+            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600, preexec_fn=with_the_tests(), check=False,  # noqa: PLW1509  it takes no lock
+        )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

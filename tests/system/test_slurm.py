@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -55,13 +53,12 @@ class Submitted:
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, tiny_plates: Path) -> tuple[Path, str]:
     """The folder of a job of two nodes that nothing happened to, and its id; trained once for all test processes."""
-    folder = tiny_plates.parent / "undisturbed"
-    with open(tiny_plates.parent / "undisturbed.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not list(folder.glob("runs/*/summary.json")):
-            shutil.rmtree(folder, ignore_errors=True)  # of a try that failed
-            folder.mkdir()
-            Submitted(cluster, tiny_plates, folder, TWO_NODES).finish()
+
+    def train(folder: Path) -> None:
+        folder.mkdir()
+        Submitted(cluster, tiny_plates, folder, TWO_NODES).finish()
+
+    folder = runs.once(tiny_plates.parent / "undisturbed", train)
     return folder, runs.digest(next((folder / "runs").iterdir()))
 
 
@@ -94,7 +91,7 @@ def test_a_killed_rank_and_a_dead_node_cost_restarts_and_no_bit(
 ) -> None:
     job = Submitted(cluster, tiny_plates, tmp_path, TWO_NODES)
     job.wait_for_step(3, attempt=1)
-    [rank] = processes(job.job, "SLURM_PROCID=1", "SLURM_STEP_ID=0")
+    [rank] = processes(cluster, job.job, "SLURM_PROCID=1", "SLURM_STEP_ID=0")
     os.kill(rank, signal.SIGKILL)
     job.wait_for_step(9, attempt=2)
     assert "rank 1" in job.log.read_text() and "ended with code 5 and goes back into the queue" in job.log.read_text()
@@ -134,7 +131,7 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tiny_plates: Path, tm
     assert ": 1 rank × 1 thread" in job.log.read_text(), "a single task is a rank, too"
     cluster.ask("scancel", job.job)
     assert cluster.wait(job.job) == "CANCELLED"
-    wait_until(lambda: not processes(job.job), "the end of its processes", log=job.log)
+    wait_until(lambda: not processes(cluster, job.job), "the end of its processes", log=job.log)
     assert list((job.run / "checkpoints").glob("step-*.pt")) and not (job.run / "summary.json").exists()
     assert cluster.state(job.job) == "CANCELLED" and cluster.field(job.job, "Restarts") == "0"
 
@@ -188,7 +185,7 @@ def test_submitit_driver_ends_although_a_job_died(cluster: Cluster, tiny_plates:
             lambda: runs.last_step(folder / "1" / "run", 1) >= 2 and (folder / "0" / "job.json").exists(), "a finished and a running job"
         )
         array = json.loads((folder / "sweep.json").read_text())["slurm_job"]
-        for process in processes(cluster.field(f"{array}_1", "JobId")):  # its batch script, and its rank
+        for process in processes(cluster, cluster.field(f"{array}_1", "JobId")):  # its batch script, and its rank
             os.kill(process, signal.SIGKILL)
         out, err = driver.communicate(timeout=200)
     finally:
@@ -199,10 +196,10 @@ def test_submitit_driver_ends_although_a_job_died(cluster: Cluster, tiny_plates:
     assert rows[1][0] == "1" and rows[1][1].startswith("did not finish")
 
 
-def processes(job: str, *variables: str) -> list[int]:
-    """Return the process ids of a job's own Pythons in whose environment these variables stand."""
+def processes(cluster: Cluster, job: str, *variables: str) -> list[int]:
+    """Return the process ids of a job's own Pythons in whose environment these variables stand. (Other test processes' clusters have such jobs, too.)"""
     found = []
-    wanted = {variable.encode() for variable in (f"SLURM_JOB_ID={job}", *variables)}
+    wanted = {variable.encode() for variable in (f"SLURM_CONF={cluster.environment['SLURM_CONF']}", f"SLURM_JOB_ID={job}", *variables)}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             ours = wanted <= set((process / "environ").read_bytes().split(b"\0"))
