@@ -204,7 +204,12 @@ class ModelConfig(Checked):
         "fc", "M-CNN: fc, the published 41.9 M fully connected layer; pool: global average pooling instead", choices=("fc", "pool")
     )
     weights: Optional[str] = option(None, "torchvision .pth or .safetensors file to start from; null: from scratch")
-    checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory, about a third slower")
+    checkpoint_activations: str = option(
+        "none",
+        "what the backward pass recomputes instead of keeping it: none; selective: all but convolutions that cost much (ResNet); "
+        "full: whole blocks or columns, about a third slower",
+        choices=("none", "selective", "full"),
+    )
 
 
 @dataclass

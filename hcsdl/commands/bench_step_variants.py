@@ -13,7 +13,7 @@ from hcsdl.machine.binding import place_environment
 from hcsdl.machine.placement import Place
 from hcsdl.machine.preloading import HOW_TO_GET, find_allocator, launcher_environment
 
-LEAN = {"checkpoint_activations": True}
+LEAN = {"checkpoint_activations": "selective"}
 """What hcsdl's lean mode sets of `ModelConfig`."""
 
 
@@ -48,7 +48,7 @@ VARIANTS = {
         Variant("hcsdl_native", "f", "hcsdl, kernels=native", kernels="native"),
         Variant("hcsdl_ipex", "f", "hcsdl, kernels=ipex", kernels="ipex"),
         Variant("hcsdl_best", "g", "hcsdl, kernels=auto", kernels="auto"),
-        Variant("hcsdl_lean", "g", "hcsdl, kernels=auto, activations recomputed", kernels="auto", lean=True),
+        Variant("hcsdl_lean", "g", "hcsdl, kernels=auto, checkpoint_activations=selective", kernels="auto", lean=True),
     )
 }
 

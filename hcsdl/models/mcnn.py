@@ -38,7 +38,8 @@ class MCNN(nn.Module):
     head : "fc": 2×2 max-pool and a fully connected layer of 512 with ReLU, as published; the embedding is its output.
         "pool": the embedding is the mean of the feature map over pixels.
     width : multiplies the channels of every layer, the fully connected one's too, see `scaled_channels`.
-    checkpoint_activations : keep only the columns' inputs and recompute the rest in the backward pass.
+    checkpoint_activations : full: keep only the columns' inputs and recompute the rest in the backward pass; none and selective: keep all, for there
+        is nothing between the convolutions.
 
     Attributes
     ----------
@@ -56,7 +57,7 @@ class MCNN(nn.Module):
         image_size: tuple[int, int] | None = None,
         head: str = "fc",
         width: float = 1.0,
-        checkpoint_activations: bool = False,
+        checkpoint_activations: str = "none",
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
@@ -100,7 +101,7 @@ class MCNN(nn.Module):
         for n, column in enumerate(self.columns):
             if n > 0:
                 images = self.halve(images)
-            parts.append(recomputed(column, images) if self.checkpoint_activations else column(images))
+            parts.append(recomputed(column, images, selective=False) if self.checkpoint_activations == "full" else column(images))
         return F.relu(self.mix(torch.cat(parts, dim=1)))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:

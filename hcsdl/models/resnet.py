@@ -31,8 +31,8 @@ class ResNet(nn.Module):
     num_classes : length of the logits.
     width : multiplies every layer's channels, see `scaled_channels`.
     zero_init_residual : start the last batch norm of every block at zero (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
-    checkpoint_activations : keep only the blocks' inputs and recompute the rest in the backward pass. (By stage saves far less: the first
-        stage alone holds 40 % of the activations.)
+    checkpoint_activations : what the backward pass computes again. none: nothing. selective: all but the outputs of convolutions, and those too of 1×1
+        convolutions to more channels. full: all but the blocks' inputs. (By stage saves far less: the first alone holds 40 % of the activations.)
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class ResNet(nn.Module):
         *,
         width: float = 1.0,
         zero_init_residual: bool = True,
-        checkpoint_activations: bool = False,
+        checkpoint_activations: str = "none",
     ) -> None:
         super().__init__()
         block, depths = LAYOUTS[name]
@@ -84,7 +84,10 @@ class ResNet(nn.Module):
         features = self.stem(images)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                features = recomputed(block, features) if self.checkpoint_activations else block(features)
+                if self.checkpoint_activations == "none":
+                    features = block(features)
+                else:
+                    features = recomputed(block, features, selective=self.checkpoint_activations == "selective")
         return features
 
     def stem(self, images: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def objections(needed_s: float, left_s: float, length_s: float, now: datetime, p
     if peak_gib > limit_gib:
         found.append(
             f"the ranks of a node must fit into its memory. They will hold about {gib(peak_gib)} GiB and may hold {gib(limit_gib)}: fewer ranks a "
-            "node, a smaller training.mini_batch_size, or model.checkpoint_activations=true."
+            "node, a smaller training.mini_batch_size, or model.checkpoint_activations=full."
         )
     return found
 

@@ -95,7 +95,7 @@ def settle(
         return fields, fullest(needs, fields)[0]
     fitting, refused = largest_fitting(needs, share, memory_share), asked or 1
     needed, allowed = fullest(needs, refused)
-    remedy = f"training.mini_batch_size={fitting} would fit" if fitting else "take fewer ranks a node or model.checkpoint_activations=true"
+    remedy = f"training.mini_batch_size={fitting} would fit" if fitting else "take fewer ranks a node or model.checkpoint_activations=full"
     raise ConfigError(
         f"a mini-batch must fit into its node's memory. With {refused} field{'s' * (refused > 1)} a rank the node would hold about "
         f"{gib(needed)} GiB, and it may hold {gib(memory_share * allowed)}: {remedy}."

@@ -128,7 +128,7 @@ def test_targets_by_hand() -> None:
     assert row("resnet50: all but") == (1.6, False)
     assert row("resnet50: weight gradients") == (1.5, True)
     assert row("resnet50: memory per image, hcsdl, kernels=auto ÷ b") == (0.95, True)
-    assert row("resnet50: memory per image, hcsdl, kernels=auto, activations recomputed") == (0.65, False)
+    assert row("resnet50: memory per image, hcsdl, kernels=auto, checkpoint_activations=selective") == (0.65, False)
     assert row("resnet50: lean mode") == (0.925, True)
     assert row("resnet50: start-up") == (22.0, False)
     assert row("resnet18: hcsdl ÷ the fastest") == (None, None)

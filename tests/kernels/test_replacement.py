@@ -79,9 +79,10 @@ def test_gradients_are_as_close_to_fp64_as_torchs(name: str, precision: str) -> 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "mcnn"])
 @pytest.mark.parametrize("precision", FUSED)
-def test_recomputed_activations_give_the_same_bits(name: str, precision: str) -> None:
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_recomputed_activations_give_the_same_bits(name: str, precision: str, how: str) -> None:
     kept, _ = FUSED[precision].prepare(network(name))
-    recomputed, _ = FUSED[precision].prepare(network(name, checkpoint_activations=True))
+    recomputed, _ = FUSED[precision].prepare(network(name, checkpoint_activations=how))
     found, expected = (gradients(model, FUSED[precision], images()) for model in (recomputed, kept))
     assert all(torch.equal(found[key], value) for key, value in expected.items())
     assert all(torch.equal(a, b) for a, b in zip(recomputed.buffers(), kept.buffers(), strict=True)), "statistics move once"
