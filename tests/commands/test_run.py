@@ -79,7 +79,7 @@ def test_memory_of_an_optimizer_that_has_not_moved_yet_counts(folder: RunFolder,
     run = start(folder)
     run.journal.close()
     told = []
-    monkeypatch.setattr("hcsdl.commands.run.prediction", lambda steps, s, now, peak_gib, limit: told.append(peak_gib) or "")
+    monkeypatch.setattr("hcsdl.commands.run.prediction", lambda steps, s, now, peak_gib, *_: told.append(peak_gib) or "")
     monkeypatch.setattr("hcsdl.commands.run.peak_rss_gib", lambda: 1.0)
     run._check_budget(1.0)
     run.optimizer.state[next(run.bare.parameters())] = {"momentum_buffer": torch.zeros(1)}
