@@ -8,4 +8,4 @@ import torch
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 needs_two_gpus = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.device_count() < 2, reason="no two GPUs")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+DEVICES = [pytest.param(torch.device("cpu"), id="cpu"), pytest.param(torch.device("cuda", 0), id="cuda", marks=needs_gpu)]

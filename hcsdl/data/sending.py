@@ -53,7 +53,10 @@ class Sender:
         images.record_stream(current)
 
     def _on_stream(self) -> AbstractContextManager:
-        return torch.cuda.stream(self._stream) if self._stream else nullcontext()
+        if self._stream is None:
+            return nullcontext()
+        torch.cuda.set_device(self.device)  # of this thread: else torch would go back to the first GPU, and take memory of it, in each rank
+        return torch.cuda.stream(self._stream)
 
     def _there(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

@@ -18,7 +18,7 @@ from tests.gpu import DEVICES
 @pytest.mark.parametrize(("crop", "downsample"), [(None, 1), ((24, 24), 1), (None, 2), ((30, 33), 3)])
 def test_the_numbers_are_those_of_apply(device, channels, dtype, shading, crop, downsample):
     """Crop, turns, flips, down-sampling (9 has no exact inverse), shading, scaling and jitter, into channels_last, in every orientation."""
-    made, sender = make(channels, shading=shading, crop_px=crop, downsample=downsample), Sender(torch.device(device))
+    made, sender = make(channels, shading=shading, crop_px=crop, downsample=downsample), Sender(device)
     image = np.random.default_rng(1).integers(0, np.iinfo(dtype).max, (channels, 41, 52), dtype=dtype, endpoint=True)
     turns = (0, 1, 2, 3) if crop == (24, 24) else (0, 2)
     cases = [None] + [
@@ -43,10 +43,10 @@ def test_loaders_give_the_same_mini_batches_on_a_device(tmp_path, device, worker
         train = screen.train(workers=workers, on_bad_image="skip", sender=sender)
         evaluate = screen.evaluate(workers=workers, on_bad_image="skip", sender=sender)
         batches = [batch for step in train for batch in step] + list(evaluate)
-        assert all(batch.images.device.type == batch.labels.device.type == (device if sender else "cpu") for batch in batches)
+        assert all(batch.images.device == batch.labels.device == (device if sender else torch.device("cpu")) for batch in batches)
         assert all(batch.rows.device.type == "cpu" for batch in batches)
         return [text for batch in batches for text in fingerprint([type(batch)(batch.images.cpu(), batch.labels.cpu(), batch.rows)])]
 
     expected = seen(None)
     assert len(expected) == 20 + 11
-    assert seen(Sender(torch.device(device))) == expected
+    assert seen(Sender(device)) == expected
