@@ -53,11 +53,6 @@ FAULTS = [
         "tests/data/test_preprocessing.py::test_apply_is_what_it_promises_in_every_orientation",
     ),
     Fault(
-        "bright pixels are negative on a GPU", "hcsdl/data/sending.py",
-        "bits.int().bitwise_and_(0xFFFF).float()", "bits.float()",
-        "tests/data/test_sending.py::test_the_numbers_are_those_of_apply",
-    ),
-    Fault(
         "intensities are scaled by all wells, not by the controls", "hcsdl/data/preprocessing.py",
         '(index.table["Metadata_Compound"] == base.control).to_numpy()', '(index.table["Metadata_Compound"] != "").to_numpy()',
         "tests/data/test_preprocessing.py::test_plate_without_controls_takes_the_others_together_and_is_listed",
@@ -255,6 +250,11 @@ FAULTS = [
         "a well with trained fields is called held out", "hcsdl/training/embeddings.py",
         'np.where(trained, "train",', 'np.where(~trained, "train",',
         "tests/training/test_embeddings.py::test_wells_are_the_means_of_their_fields",
+    ),
+    Fault(
+        "bright pixels are negative on a GPU", "hcsdl/data/sending.py",
+        "bits.int().bitwise_and_(0xFFFF).float()", "bits.float()",
+        "tests/data/test_sending.py::test_the_numbers_are_those_of_apply",
     ),
 ]  # fmt: skip
 
