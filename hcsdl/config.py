@@ -100,6 +100,7 @@ def _check(key: str, value: Any, limits: Any) -> None:
 class MachineConfig(Checked):
     """What we run on."""
 
+    device: str = option("cpu", "cpu: the processor; cuda: GPUs, a rank each (train, embed, bench step)", choices=("cpu", "cuda"))
     threads_per_rank: Optional[int] = option(None, "compute threads of each rank; null: the usable cores divided by the ranks", low=1)
     spare_cores: int = option(
         0, "cores of each NUMA node on which nothing is computed: room for the loader's threads and the one that calls oneCCL", low=0
@@ -219,7 +220,7 @@ class KernelsConfig(Checked):
     name: str = option(
         "auto",
         "reference: fp32; native: bf16, stock PyTorch; ipex: bf16, IPEX; fused: native and our own operators, compiled at their first use; "
-        "auto: fused, else ipex, else native; all but reference fp32 where the processor has no bf16",
+        "auto: fused, else ipex, else native; all but reference fp32 where the processor has no bf16; on GPUs auto is native, ipex and fused are not to be had",
         choices=("auto", "reference", "native", "ipex", "fused"),
     )
 
@@ -230,12 +231,12 @@ class DistributedConfig(Checked):
 
     backend: str = option(
         "auto",
-        "collective communication library; auto: the faster of ccl (oneCCL) and gloo, timed at start; nccl: GPUs",
+        "collective communication library; auto: the faster of ccl (oneCCL) and gloo, timed at start, and nccl between GPUs",
         choices=("auto", "ccl", "gloo", "nccl"),
     )
     ranks: Optional[int] = option(
         None,
-        "ranks on this machine; null: one a NUMA node, two where there is one node of several cores, one in a single task of srun",
+        "ranks on this machine; null: one a NUMA node, two where there is one node of several cores, one in a single task of srun; one a GPU",
         low=1,
     )
     interface: Optional[str] = option(
@@ -271,7 +272,7 @@ class TrainingConfig(Checked):
         "fields a rank takes at once, a number; fewer than its share: gradients accumulate; null: its share; auto: the most that fit into memory",
         unit="fields",
     )
-    memory_share: float = option(0.8, "share of a node's memory that mini_batch_size=auto may fill", above=0, high=1)
+    memory_share: float = option(0.8, "share of a node's or GPU's memory that mini_batch_size=auto may fill", above=0, high=1)
     optimizer: str = option("sgd", "sgd (Nesterov), adamw or lars", choices=("sgd", "adamw", "lars"))
     learning_rate: float = option(0.05, "peak learning rate", above=0)
     warmup_learning_rate: float = option(0.0, "learning rate the warm-up starts from", low=0)
@@ -537,6 +538,26 @@ class Command(Checked):
     """Settings every command has."""
 
     seed: int = option(0, "seed of everything random", low=0, high=2**63 - 1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if getattr(self, "machine", None) and self.machine.device == "cuda":  # type: ignore[attr-defined]
+            _check_on_gpus(self)
+
+
+def _check_on_gpus(command: Any) -> None:
+    """Raise ConfigError where a command, or a way it is to work in, is of processors alone."""
+    if not isinstance(command, (TrainCommand, EmbedCommand, BenchStepCommand)):
+        raise ConfigError(
+            "machine.device=cuda is for train, embed and bench step; this command looks at processors: set machine.device=cpu."
+        )
+    kernels = command.kernels.name if hasattr(command, "kernels") else "auto"
+    if kernels in ("ipex", "fused"):
+        raise ConfigError(f"kernels={kernels} is for processors. With machine.device=cuda use auto, native (bf16) or reference (fp32).")
+    if command.distributed.backend == "ccl":
+        raise ConfigError("distributed.backend=ccl is for processors. With machine.device=cuda use auto, nccl or gloo.")
+    if getattr(getattr(command, "bench", None), "targets", False):
+        raise ConfigError("bench.targets=true is of processors. Got machine.device=cuda too: set one of them otherwise.")
 
 
 @dataclass

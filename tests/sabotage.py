@@ -47,9 +47,9 @@ FAULTS = [
         "tests/data/test_reading.py::test_pixels_come_back",
     ),
     Fault(
-        "flips reach the first channel only", "hcsdl/data/preprocessing.py",
-        "view = (view.swapaxes(1, 2) if transpose else view)[:, ::down, ::across]",
-        "view = np.concatenate([(v := view.swapaxes(1, 2) if transpose else view)[:1, ::down, ::across], v[1:]])",
+        "flips reach the first channel only", "hcsdl/data/conversion.py",
+        "return window[:, :: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]",
+        "return np.concatenate([window[:1, :: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1], window[1:]])",
         "tests/data/test_preprocessing.py::test_apply_is_what_it_promises_in_every_orientation",
     ),
     Fault(
@@ -250,6 +250,11 @@ FAULTS = [
         "a well with trained fields is called held out", "hcsdl/training/embeddings.py",
         'np.where(trained, "train",', 'np.where(~trained, "train",',
         "tests/training/test_embeddings.py::test_wells_are_the_means_of_their_fields",
+    ),
+    Fault(
+        "bright pixels are negative on a GPU", "hcsdl/data/sending.py",
+        "bits.int().bitwise_and_(0xFFFF).float()", "bits.float()",
+        "tests/data/test_sending.py::test_the_numbers_are_those_of_apply",
     ),
 ]  # fmt: skip
 

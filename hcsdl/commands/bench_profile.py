@@ -62,6 +62,7 @@ def profile_in_process(model: str, config: Any, kernels: str, places: tuple[Plac
     bench = config.bench
     task = {
         "kind": "profile",
+        "device": config.machine.device,
         "variant": "",
         "model": model,
         "kernels": kernels,

@@ -24,7 +24,7 @@ from hcsdl.commands.bench_step_variants import VARIANTS, Variant, chosen, enviro
 from hcsdl.config import BenchStepCommand, ConfigError, ExitCode
 from hcsdl.distributed.identity import who_am_i
 from hcsdl.distributed.workers import WorkerFailed, Workers
-from hcsdl.machine.cores import processor
+from hcsdl.machine.gpus import check_gpus
 from hcsdl.machine.placement import Place, plan_places
 from hcsdl.machine.preloading import TUNING, find_allocator
 from hcsdl.machine.topology import read_machine
@@ -48,6 +48,7 @@ def run(config: BenchStepCommand) -> int:
             f"hcsdl bench step starts its own ranks on one machine: set distributed.ranks. Started by {identity.launcher} instead."
         )
     find_allocator(config.bench.preload)
+    check_gpus(config.machine, config.distributed.ranks or 1)
     places = plan_places(read_machine(), config.distributed.ranks or 1, config.machine)
     folder = open_folder(COMMAND, config, config.bench.output)
     found: dict[str, dict] = {}
@@ -56,7 +57,7 @@ def run(config: BenchStepCommand) -> int:
             session.measure()
         found[model] = session.result()
         print(
-            f"{format_model(model, found[model], len(places), places[0].threads, processor())}\n{format_memory(found[model]['memory'])}",
+            f"{format_model(model, found[model], len(places), places[0].threads, found[model]['device_name'])}\n{format_memory(found[model]['memory'])}",
             flush=True,
         )
         save(folder, config, places, found)
@@ -74,7 +75,8 @@ def save(folder: Path, config: BenchStepCommand, places: tuple[Place, ...], foun
     if config.bench.targets:
         result["targets"] = targets(found, len(places) * places[0].threads)
     write_json(folder / RESULT, result)
-    plot_steps({model: one["rows"] for model, one in found.items()}, processor(), folder / "steps.png")
+    name = next(iter(found.values()))["device_name"]
+    plot_steps({model: one["rows"] for model, one in found.items()}, name, folder / "steps.png")
 
 
 class Session:
@@ -131,7 +133,7 @@ class Session:
         self._start(None, PRODUCT)
         self._turn(PRODUCT, 0, warm=True)
         for variant in self.variants:
-            if reason := missing(variant, self.config.bench.preload):
+            if reason := missing(variant, self.config.bench.preload, self.config.machine.device):
                 self._end(variant.name, "missing", reason)
                 continue
             if self._start(variant, variant.name):
@@ -153,6 +155,7 @@ class Session:
             "mini_batch_size": mini_batch_size,
             "image_size": bench.image_size,
             "seed": self.config.seed,
+            "device": self.config.machine.device,
             "allocator": self.config.machine.allocator,
             "preload": str(find_allocator(bench.preload).resolve()) if variant and variant.preloaded else "",
             "distributed": dataclasses.asdict(self.config.distributed),
@@ -204,11 +207,14 @@ class Session:
                 "ended_s": max(one["ended_s"] for one in answers) - self._begun,
                 "step_s": [max(times) for times in zip(*(one["step_s"] for one in answers), strict=True)],
                 "peak_rss_gib": max(one["peak_rss_gib"] for one in answers),
+                "peak_device_gib": max(one["peak_device_gib"] for one in answers),
             }
         )
 
     def measure_memory(self) -> None:
         """Note the peak memory of two steps with 2 and with 6 images, in processes started for that alone."""
+        device = self.config.machine.device
+        key = "peak_rss_gib" if device == "cpu" else "peak_device_gib"
         for name in MEASURED_FOR_MEMORY:
             if name in self.ended or name not in {one.name for one in self.variants}:
                 continue
@@ -218,13 +224,13 @@ class Session:
                     workers = self._new(VARIANTS[name], f"{name}_memory_{images}", images)
                     try:
                         workers.ask(do="start")
-                        peaks.append(max(one["peak_rss_gib"] for one in workers.ask(do="turn", warm=True, steps=1)))
+                        peaks.append(max(one[key] for one in workers.ask(do="turn", warm=True, steps=1)))
                     finally:
                         workers.close()
             except WorkerFailed as error:
                 self.memory[name] = {"reason": str(error)}
                 continue
-            self.memory[name] = memory_row(MEMORY_IMAGES, peaks)
+            self.memory[name] = memory_row(MEMORY_IMAGES, peaks, device)
 
     def measure_profile(self) -> None:
         """Note the network's operators, its convolutions' rates and its ceiling, with hcsdl's best kernels."""
@@ -254,6 +260,8 @@ class Session:
         return {
             "rows": rows,
             "ranks": len(self.places),
+            "device": self.config.machine.device,
+            "device_name": product["device_name"],
             "matrix_product": matrix,
             "training_flop": counts.training_flop,
             "memory": self.memory,

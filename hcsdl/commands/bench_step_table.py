@@ -16,7 +16,7 @@ from hcsdl.config import TrainingConfig
 PRODUCT = "matrix product"
 PUBLISHED_PER_CORE = 0.375
 """Images a second and core of M-CNN: Datta et al. 2019, arXiv:1910.04852: more than 120 images/s on 8 nodes × 4 ranks × 10 cores; fp32."""
-SERVERS_GIB = (64, 192, 512)
+MEMORIES_GIB = {"cpu": (64, 192, 512), "cuda": (24, 80, 141)}  # of servers, of GPUs
 MEMORY_SHARE = TrainingConfig().memory_share  # what training.mini_batch_size=auto would fill
 OTHERS = ("fp32", "bf16", "ipex_recipe", "bf16_preloaded", "ipex_recipe_preloaded", "compiled")
 
@@ -76,6 +76,7 @@ def summarise(
                 "gflop_per_s": median * flop / 1e9,
                 "mfu": median * flop / 1e9 / matrix["median"],
                 "peak_rss_gib": max(one["peak_rss_gib"] for one in own),
+                "peak_device_gib": max(one.get("peak_device_gib", 0.0) for one in own),
                 "start_s": started[variant.name]["seconds"],
                 "told": started[variant.name]["told"],
             }
@@ -95,11 +96,11 @@ def _ratio(value: float | None, base: float | None) -> float | None:
     return value / base if value is not None and base else None
 
 
-def memory_row(images: Sequence[int], peaks_gib: Sequence[float]) -> dict[str, Any]:
-    """Return GiB per image from the peaks of a small and a large mini-batch, and the largest mini-batch a rank that has a server to itself can take."""
+def memory_row(images: Sequence[int], peaks_gib: Sequence[float], device: str = "cpu") -> dict[str, Any]:
+    """Return GiB per image from the peaks of a small and a large mini-batch, and the largest one of a rank that has a server, or a GPU, to itself."""
     per_image = (peaks_gib[1] - peaks_gib[0]) / (images[1] - images[0])
     base = peaks_gib[0] - images[0] * per_image
-    fits = {str(gib): int((gib * MEMORY_SHARE - base) / per_image) if per_image > 0 else None for gib in SERVERS_GIB}
+    fits = {str(gib): int((gib * MEMORY_SHARE - base) / per_image) if per_image > 0 else None for gib in MEMORIES_GIB[device]}
     return {"images": list(images), "peaks_gib": list(peaks_gib), "gib_per_image": per_image, "base_gib": base, "largest_mini_batch": fits}
 
 
@@ -109,7 +110,8 @@ def format_model(model: str, found: dict, ranks: int, threads: int, processor: s
     lines = [
         f"{model} on {processor}, {ranks} rank{'s' * (ranks > 1)} × {threads} thread{'s' * (threads > 1)}: {found['training_flop'] / 1e9:.1f} GFLOP an "
         f"image; {matrix['precision']} matrix product {matrix['median']:.0f} GFLOP/s ({matrix['q1']:.0f} – {matrix['q3']:.0f})",
-        f"    {'variant':<48s}{'images/s':>9s}  {'(quartiles)':<18s}{'steps':>6s}{'GFLOP/s':>9s}{'mfu':>7s}{'÷ c':>7s}{'÷ b':>7s}{'RSS, GiB':>10s}{'start, s':>10s}",
+        f"    {'variant':<48s}{'images/s':>9s}  {'(quartiles)':<18s}{'steps':>6s}{'GFLOP/s':>9s}{'mfu':>7s}{'÷ c':>7s}{'÷ b':>7s}"
+        f"{'GPU, GiB' if found['device'] == 'cuda' else 'RSS, GiB':>10s}{'start, s':>10s}",
     ]
     for row in found["rows"]:
         if row["status"] != "measured":
@@ -121,7 +123,7 @@ def format_model(model: str, found: dict, ranks: int, threads: int, processor: s
         spread = f"({row['q1_images_per_s']:.3f} – {row['q3_images_per_s']:.3f})"
         lines.append(
             f"  {row['letter']} {title:<48s}{row['images_per_s']:9.3f}  {spread:<18s}{row['steps']:6d}{row['gflop_per_s']:9.0f}{row['mfu']:7.3f}"
-            f"{_two(row['to_ipex_recipe'])}{_two(row['to_bf16'])}{row['peak_rss_gib']:10.2f}{row['start_s']:10.1f}"
+            f"{_two(row['to_ipex_recipe'])}{_two(row['to_bf16'])}{row['peak_device_gib'] or row['peak_rss_gib']:10.2f}{row['start_s']:10.1f}"
         )
     if found["profile"]:
         ceiling = found["profile"]["ceiling"]

@@ -59,8 +59,12 @@ def chosen(asked: Sequence[str] | None, model: str, targets: bool) -> list[Varia
     return [one for one in VARIANTS.values() if (one.name in asked if asked is not None else lean or not one.lean)]
 
 
-def missing(variant: Variant, preload: str | None) -> str:
+def missing(variant: Variant, preload: str | None, device: str = "cpu") -> str:
     """Return why a variant cannot be started here; empty where it can. (That IPEX is not installed its own process finds out.)"""
+    if device == "cuda" and (variant.preloaded or "ipex" in (variant.base, variant.kernels)):
+        return "it is for processors"
+    if device == "cuda" and variant.kernels == "native":
+        return "on GPUs it is what kernels=auto is"
     return HOW_TO_GET if variant.preloaded and find_allocator(preload) is None else ""
 
 

@@ -27,11 +27,25 @@ if TYPE_CHECKING:
 
 CHANNELS, CLASSES = 3, 13  # of BBBC021
 RATE, MOMENTUM = 1e-3, 0.9
-MATRIX_SIZE = 4096  # 137 GFLOP a product, 32 MiB a matrix: far beyond the caches, a fraction of a second
+# 137 GFLOP a product, 32 MiB a matrix: far beyond the caches, a fraction of a second; of a GPU 9 TFLOP, some 10 ms
+MATRIX_SIZE = {"cpu": 4096, "cuda": 16384}
 
 
 class Missing(Exception):
     """What this variant needs is not there; the text is the reason."""
+
+
+def device_of(task: dict[str, Any], ours: bool) -> torch.device:
+    """Return the device of this process, as hcsdl sets it up where the variant is `ours`, else as torch comes."""
+    import torch
+
+    from hcsdl.kernels.device import own_device
+
+    if ours or task["device"] == "cpu":
+        return own_device(task["device"], who_am_i().local_rank)
+    device = torch.device("cuda", who_am_i().local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 class Step:
@@ -40,18 +54,22 @@ class Step:
     def __init__(self, task: dict[str, Any]) -> None:
         import torch
 
+        from hcsdl.kernels.device import wait_for
         from hcsdl.models import build_model
         from hcsdl.training.objectives import build_objective
         from hcsdl.training.optimizers import build_optimizer
 
         self.variant: Variant = VARIANTS[task["variant"]]
+        self.wait_for = wait_for
         torch.manual_seed(task["seed"])
         rows, columns = task["image_size"]
         lean = LEAN if self.variant.lean else {}
         model = build_model(ModelConfig(name=task["model"], width=task["width"], **lean), CHANNELS, CLASSES, (rows, columns))
         self.loss = build_objective(ObjectiveConfig()).loss
-        self.images = torch.randn(task["mini_batch_size"], CHANNELS, rows, columns)
-        self.labels = torch.arange(len(self.images)) % CLASSES
+        self.device = device_of(task, self.variant.ours)
+        model.to(self.device)
+        self.images = torch.randn(task["mini_batch_size"], CHANNELS, rows, columns).to(self.device)
+        self.labels = torch.arange(len(self.images), device=self.device) % CLASSES
         self.autocast: Any = nullcontext
         self.told: dict[str, object] = {}
         if self.variant.base != "fp32":
@@ -73,13 +91,13 @@ class Step:
         if self.variant.ours:
             if self.variant.kernels == "ipex" and (problem := ipex_problem()):
                 raise Missing(problem)
-            kernels = choose_kernels(self.variant.kernels)
+            kernels = choose_kernels(self.variant.kernels, self.device)
             self.autocast = kernels.autocast
             self.told = {"kernels": kernels.name, "precision": kernels.precision, "reason": kernels.reason}
             return kernels.prepare(model, optimizer)
         if self.variant.base == "fp32":
             return model, optimizer
-        self.autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+        self.autocast = lambda: torch.autocast(self.device.type, dtype=torch.bfloat16)
         if self.variant.base == "ipex":
             if problem := ipex_problem():
                 raise Missing(problem)
@@ -90,7 +108,7 @@ class Step:
         return model.to(memory_format=torch.channels_last), optimizer
 
     def _share_gradients(self, task: dict[str, Any]) -> None:
-        """Wrap the network where there are several ranks: hcsdl's by its group, the others by plain DistributedDataParallel over gloo."""
+        """Wrap the network where there are several ranks: hcsdl's by its group, the others by plain DistributedDataParallel over gloo or NCCL."""
         identity = who_am_i()
         if identity.world_size == 1:
             return
@@ -98,14 +116,15 @@ class Step:
 
         from hcsdl.distributed.group import Group
 
-        settings = task["distributed"] if self.variant.ours else {"backend": "gloo"}
-        self.group = Group(identity, DistributedConfig(**settings))
+        on_gpu = self.device.type == "cuda"
+        settings = task["distributed"] if self.variant.ours else {"backend": "nccl" if on_gpu else "gloo"}
+        self.group = Group(identity, DistributedConfig(**settings), self.device)
         if self.variant.ours:
             self.group.choose_backend(self.model)
             self.model = self.group.wrap(self.model)
             self.told["backend"] = self.group.backend
         else:
-            self.model = torch.nn.parallel.DistributedDataParallel(self.model)
+            self.model = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=[self.device] if on_gpu else None)
 
     def __call__(self) -> float:
         """Take one step; return its seconds."""
@@ -116,26 +135,30 @@ class Step:
             logits = self.model(self.images)
         self.loss(logits, self.labels).backward()
         self.optimizer.step()
+        self.wait_for(self.device)
         return time.monotonic() - begun
 
 
 class Product:
-    """The machine's bf16 matrix product: a large square one, fp32 where the processor has no bf16 (`precision` tells)."""
+    """The device's bf16 matrix product: a large square one, fp32 where it has no bf16 (`precision` tells)."""
 
-    def __init__(self, _task: dict[str, Any]) -> None:
+    def __init__(self, task: dict[str, Any]) -> None:
         import torch
 
         from hcsdl.kernels import choose_kernels
+        from hcsdl.kernels.device import device_name, wait_for
 
-        precision = choose_kernels("native").precision
+        self.device, self.wait_for = device_of(task, ours=True), wait_for
+        precision, size = choose_kernels("native", self.device).precision, MATRIX_SIZE[self.device.type]
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.left, self.right = (torch.randn(MATRIX_SIZE, MATRIX_SIZE).to(dtype) for _ in range(2))
-        self.told: dict[str, object] = {"precision": precision, "flop": 2 * MATRIX_SIZE**3}
+        self.left, self.right = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
+        self.told: dict[str, object] = {"precision": precision, "flop": 2 * size**3, "device_name": device_name(self.device)}
 
     def __call__(self) -> float:
         """Multiply once; return the seconds."""
         begun = time.monotonic()
         self.left @ self.right
+        self.wait_for(self.device)
         return time.monotonic() - begun
 
 
@@ -145,9 +168,18 @@ def turn(call: Any, steps: int, warm: bool) -> dict[str, Any]:
     if not warm:
         call()
     seconds = [call() for _ in range(steps)]
-    answer = {"step_s": seconds, "began_s": began, "ended_s": time.monotonic(), "peak_rss_gib": peak_rss_gib()}
+    answer = {"step_s": seconds, "began_s": began, "ended_s": time.monotonic()} | peaks(call.device)
     release_freed_memory()
+    if call.device.type == "cuda":
+        importlib.import_module("torch").cuda.empty_cache()
     return answer
+
+
+def peaks(device: torch.device) -> dict[str, float]:
+    """Return the most memory and GPU memory of this process so far, in GiB."""
+    from hcsdl.kernels.device import peak_device_gib
+
+    return {"peak_rss_gib": peak_rss_gib(), "peak_device_gib": peak_device_gib(device)}
 
 
 def answers(task: dict[str, Any], command: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +191,7 @@ def answers(task: dict[str, Any], command: dict[str, Any], state: dict[str, Any]
     if command["do"] == "start":
         state["call"] = (Product if task["kind"] == "product" else Step)(task)
         state["call"]()
-        return {"told": state["call"].told, "peak_rss_gib": peak_rss_gib()}
+        return {"told": state["call"].told} | peaks(state["call"].device)
     return turn(state["call"], command["steps"], command["warm"])
 
 

@@ -20,13 +20,13 @@ import pandas as pd
 
 from hcsdl.commands.compose import from_yaml, to_yaml, values
 from hcsdl.commands.launch import Job, run_job
-from hcsdl.commands.prepare import Plan, load_plan, measured, ranks_asked_for, usable_cache
+from hcsdl.commands.prepare import Plan, load_plan, measured, most_ranks, ranks_asked_for, usable_cache
 from hcsdl.config import ConfigError, DataError, EmbedCommand, ScreenConfig, TrainCommand
 from hcsdl.data.preprocessing import Preprocessing, extend, set_aside
 from hcsdl.distributed.slurm import this_job
 from hcsdl.machine.binding import affinity_kept
 from hcsdl.machine.cores import usable_cores
-from hcsdl.machine.placement import Place, default_ranks, plan_places
+from hcsdl.machine.placement import Place, plan_places
 from hcsdl.machine.topology import read_machine
 from hcsdl.plates.index import Index, find_images, load_index, read_index, root_folder
 from hcsdl.plates.tables import KEYS, find_csv
@@ -122,8 +122,9 @@ def default_name(config: EmbedCommand, root: str) -> str:
 
 def plan_ranks(config: EmbedCommand) -> tuple[Place, ...]:
     """Return the place of each rank to start here, by default as many as in training."""
-    machine = read_machine()
-    return plan_places(machine, ranks_asked_for(config.distributed) or default_ranks(machine, config.machine.spare_cores), config.machine)
+    machine, asked = read_machine(), ranks_asked_for(config.distributed)
+    most = most_ranks(config.machine, machine, asked)
+    return plan_places(machine, asked or most, config.machine)
 
 
 def work_folder(config: EmbedCommand) -> WorkFolder:

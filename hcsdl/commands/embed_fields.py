@@ -23,12 +23,13 @@ from hcsdl.commands.resume import elsewhere
 from hcsdl.config import DataConfig, DataError, EmbedCommand, ModelConfig
 from hcsdl.data.loading import EvalLoader
 from hcsdl.data.preprocessing import load_preprocessing
+from hcsdl.data.sending import Sender
 from hcsdl.distributed.group import Group
 from hcsdl.distributed.identity import Identity
 from hcsdl.distributed.launcher import Stop
 from hcsdl.kernels import choose_kernels
+from hcsdl.kernels.device import device_name, own_device
 from hcsdl.kernels.inference import for_inference
-from hcsdl.machine.cores import processor
 from hcsdl.models import build_model
 from hcsdl.plates.index import load_index
 from hcsdl.training.checkpoint import load_checkpoint, load_model_state
@@ -44,12 +45,13 @@ def embed_fields(config: EmbedCommand, folder: WorkFolder, identity: Identity, s
     """Be one rank: compute, save, and on rank 0 write the table. Raises Stop once a signal asked for it and what is computed is saved."""
     about = json.loads(folder.plan.read_text(encoding="utf-8"))
     index = load_index(folder.path)
-    group = Group(identity, config.distributed)
-    kernels = choose_kernels(config.kernels.name)
+    device = own_device(config.machine.device, identity.local_rank)
+    group = Group(identity, config.distributed, device)
+    kernels = choose_kernels(config.kernels.name, device)
     checks = {"configuration": config_hash(config), "index": index.hash, "versions": versions(), "kernels": kernels}
     for what, value in (checks | {"number of threads": torch.get_num_threads()}).items():
         group.check_equal(what, value)
-    network = for_inference(network_of(folder, config, about), kernels)
+    network = for_inference(network_of(folder, config, about), kernels).to(device)
     size = config.embed.mini_batch_size
     done = set(
         group.all_gather_object({int(row) // size for part in folder.load() for row in part["rows"]} if identity.rank == 0 else None)[0]
@@ -58,7 +60,8 @@ def embed_fields(config: EmbedCommand, folder: WorkFolder, identity: Identity, s
     own = [np.arange(number * size, min((number + 1) * size, len(index.table))) for number in todo[group.rank :: group.world_size]]
     rows = np.concatenate([np.empty(0, dtype=np.int64), *own])
     settings = DataConfig(**vars(config.data))
-    loader = EvalLoader(index, rows, np.zeros(len(index.table)), load_preprocessing(folder.preprocessing), settings, size)
+    sender = Sender(device) if device.type == "cuda" else None
+    loader = EvalLoader(index, rows, np.zeros(len(index.table)), load_preprocessing(folder.preprocessing), settings, size, sender)
     say = log.info if group.rank == 0 else (lambda *_: None)
     if kernels.warning:
         say("warning: %s", kernels.warning)
@@ -69,9 +72,10 @@ def embed_fields(config: EmbedCommand, folder: WorkFolder, identity: Identity, s
         kernels.reason,
         f"{network.folded} batch norms folded",
         allocator,
-        processor(),
+        device_name(device),
     )
-    ran_on = {"kernels": f"{kernels.name} ({kernels.precision})", "threads a rank": str(torch.get_num_threads()), "processor": processor()}
+    ran_on = {"kernels": f"{kernels.name} ({kernels.precision})", "threads a rank": str(torch.get_num_threads())}
+    ran_on["processor"] = device_name(device)
     if done:
         say("%d of %d mini-batches were computed before.", len(done), len(done) + len(todo))
         if changed := elsewhere(json.loads(folder.ran_on.read_text(encoding="utf-8")), ran_on):
@@ -92,7 +96,7 @@ def embed_fields(config: EmbedCommand, folder: WorkFolder, identity: Identity, s
         say("%.2f images/s over %d fields, %.0f %% of the time waiting for them", fields / seconds, fields, 100 * waited)
     if group.rank == 0:
         about |= {"kernels": kernels.name, "precision": kernels.precision, "threads_per_rank": torch.get_num_threads()}
-        about |= {"processor": processor(), "versions": versions()}
+        about |= {"processor": device_name(device), "versions": versions()}
         _write(config, folder, about, index.table, [index.field_name(row) for row in range(len(index.table))])
     group.close()
     if group.rank == 0:

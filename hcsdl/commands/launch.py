@@ -18,6 +18,7 @@ from hcsdl.config import ExitCode
 from hcsdl.distributed.identity import Identity, export_identity, unused_nodes, who_am_i
 from hcsdl.distributed.launcher import Forwarder, Stop, start_ranks, supervise
 from hcsdl.machine.binding import affinity_kept, on_cpus, own_place, take_place
+from hcsdl.machine.gpus import check_gpus
 from hcsdl.machine.placement import Place
 from hcsdl.training.run_folder import RunFolder
 from hcsdl.training.summary import versions
@@ -87,6 +88,7 @@ def run_job(job: Job) -> int:
 
 def _run_as_rank(job: Job, identity: Identity) -> int:
     config = job.config
+    check_gpus(config.machine)
     export_identity(identity)
     place = own_place(identity.local_rank, identity.local_world_size, config.machine, identity.launcher)
     log.info("%s: %s", identity, place)

@@ -16,15 +16,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from hcsdl.config import ConfigError, DataError, DistributedConfig, LoadingConfig, ScreenConfig, TrainCommand
+from hcsdl.config import ConfigError, DataError, DistributedConfig, LoadingConfig, MachineConfig, ScreenConfig, TrainCommand
 from hcsdl.data.measure import breaks_training, measure_index
 from hcsdl.data.preprocessing import fit_preprocessing
 from hcsdl.data.reading import read_header
 from hcsdl.data.sampling import Sampler
 from hcsdl.distributed.identity import alone_in_step
 from hcsdl.machine.cores import usable_cores
+from hcsdl.machine.gpus import check_gpus
 from hcsdl.machine.placement import Place, default_ranks, plan_places
-from hcsdl.machine.topology import read_machine
+from hcsdl.machine.topology import Machine, read_machine
 from hcsdl.plates.index import Index, cache_folder, find_images, read_index
 from hcsdl.plates.splits import LEAKY, describe, split_fields, target_column, target_labels
 from hcsdl.training.run_folder import SCHEMA_VERSION, RunFolder, write_json
@@ -66,23 +67,25 @@ def load_plan(path: Path) -> Plan:
 def plan_ranks(config: TrainCommand) -> tuple[Place, ...]:
     """Return the place of each rank to start here. Raises ConfigError where the global batch cannot be shared evenly.
 
-    Unless asked for, ranks are one a NUMA node (two where there is one node of several cores), fewer where the batch needs it, and one where this is
-    the only task of an srun step: a task is a rank, however many there are.
+    Unless asked for, ranks are one a NUMA node (two where there is one node of several cores) or one a GPU, fewer where the batch needs it, and one
+    where this is the only task of an srun step: a task is a rank, however many there are.
     """
     machine, batch = read_machine(), config.training.global_batch_size
     ranks = ranks_asked_for(config.distributed)
+    most = most_ranks(config.machine, machine, ranks)
     if ranks is None:
         mini = config.training.fixed_mini_batch
         ranks = next(
-            (
-                r
-                for r in range(default_ranks(machine, config.machine.spare_cores), 0, -1)
-                if batch % r == 0 and (not mini or batch // r % mini == 0)
-            ),
+            (r for r in range(most, 0, -1) if batch % r == 0 and (not mini or batch // r % mini == 0)),
             1,
         )
     check_batch(config, ranks)
     return plan_places(machine, ranks, config.machine)
+
+
+def most_ranks(config: MachineConfig, machine: Machine, asked: int | None) -> int:
+    """Return the ranks to start here where none are `asked` for. Raises ConfigError where there are no GPUs for them."""
+    return check_gpus(config, asked or 1) or default_ranks(machine, config.spare_cores)
 
 
 def ranks_asked_for(distributed: DistributedConfig) -> int | None:

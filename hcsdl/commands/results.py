@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from hcsdl.commands.compose import config_hash
+from hcsdl.kernels.device import device_name
 from hcsdl.machine.cores import processor
 from hcsdl.training.run_folder import SCHEMA_VERSION
 from hcsdl.training.summary import git_commit, time_to_accuracy, versions
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
     from hcsdl.training.metrics import Scores
 
 
-def summarise(run: Run, fields: Scores, wells: Scores, seconds: float, rss: float) -> dict:
-    """Return the summary of `run`: scores of the held-out `fields` and `wells`, `seconds` of this attempt, `rss` the largest rank's peak in GiB."""
+def summarise(run: Run, fields: Scores, wells: Scores, seconds: float, rss: float, device: float) -> dict:
+    """Return the summary of `run`: scores of the held-out `fields` and `wells`, `seconds` of this attempt, `rss` and `device` the largest rank's
+    peaks of memory and GPU memory in GiB."""
     state, plan, config = run.state, run.plan, run.config
     timed = state.seconds_timed or math.nan
     timed_steps = state.fields_timed // config.training.global_batch_size
@@ -70,6 +72,9 @@ def summarise(run: Run, fields: Scores, wells: Scores, seconds: float, rss: floa
         "precision": run.kernels.precision,
         "allocator": run.allocator,
         "peak_rss_gib": rss,
+        "device": run.device.type,
+        "device_name": device_name(run.device),
+        "peak_device_gib": device,
         "resumed": run.resumed,
         "attempts": run.folder.attempt,
         "versions": versions(),

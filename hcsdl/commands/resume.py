@@ -53,6 +53,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, nam
         group.update(settings)
 
 
+def on_processor(state: dict) -> dict:
+    """Return an optimizer's `state_dict` with its tensors in this process's memory, so that a machine without a GPU can read it."""
+    moved = {
+        number: {name: value.cpu() if torch.is_tensor(value) else value for name, value in own.items()}
+        for number, own in state["state"].items()
+    }
+    return state | {"state": moved}
+
+
 def other_ranks(before: int, now: int, config: TrainingConfig, model: torch.nn.Module) -> str:
     """Return what a resume on `now` ranks keeps of a run on `before`: all but the fields that a batch normalisation sees together."""
     text = f"resuming on {now} rank{'s' * (now > 1)} what {before} began: same order and batch, equal to rounding"

@@ -16,19 +16,20 @@ import torch
 from hcsdl.commands.compose import config_hash, to_yaml
 from hcsdl.commands.prepare import class_numbers, load_plan, make_sampler
 from hcsdl.commands.results import summarise
-from hcsdl.commands.resume import checkpoint_to_go_on_from, elsewhere, load_optimizer, other_ranks
+from hcsdl.commands.resume import checkpoint_to_go_on_from, elsewhere, load_optimizer, on_processor, other_ranks
 from hcsdl.config import ConfigError, TrainCommand
 from hcsdl.data.loading import EvalLoader, TrainLoader
 from hcsdl.data.preprocessing import Preprocessing, load_preprocessing
 from hcsdl.data.sampling import evaluation_rows
+from hcsdl.data.sending import Sender
 from hcsdl.data.staging import Progress, stage_fields
 from hcsdl.distributed.group import Group
 from hcsdl.distributed.identity import Identity
 from hcsdl.distributed.launcher import Stop
 from hcsdl.kernels import choose_kernels
+from hcsdl.kernels.device import device_limit_gib, device_name, own_device, peak_device_gib, random_state, set_random_state
 from hcsdl.kernels.replacement import replaced
 from hcsdl.machine.allocation import memory_limit_gib, time_limit
-from hcsdl.machine.cores import processor
 from hcsdl.machine.memory import peak_rss_gib
 from hcsdl.machine.topology import read_machine
 from hcsdl.models import build_model
@@ -43,7 +44,7 @@ from hcsdl.training.objectives import build_objective
 from hcsdl.training.optimizers import SLOTS, build_optimizer
 from hcsdl.training.predict import buffers_swapped, predict
 from hcsdl.training.run_folder import RunFolder, write_atomically, write_json
-from hcsdl.training.step_time import probe, throw_away
+from hcsdl.training.step_time import StepClock, probe, throw_away
 from hcsdl.training.summary import versions
 
 if TYPE_CHECKING:
@@ -63,8 +64,10 @@ class Run:
         self.bad_fields: dict[str, str] = {}
         self.plan = load_plan(folder.plan)
         self.index = load_index(folder.path)
-        self.group = Group(identity, config.distributed)
-        self.kernels = choose_kernels(config.kernels.name)
+        self.device = own_device(config.machine.device, identity.local_rank)
+        self.sender = Sender(self.device) if self.device.type == "cuda" else None
+        self.group = Group(identity, config.distributed, self.device)
+        self.kernels = choose_kernels(config.kernels.name, self.device)
         self.threads = torch.get_num_threads()
         for what, value in (
             ("configuration", config_hash(config)),
@@ -107,6 +110,7 @@ class Run:
         model = build_model(config.model, len(self.plan.channels), len(self.plan.classes), tuple(self.plan.image_size))
         if config.model.weights and checkpoint is None:
             self._say(load_weights(model, Path(config.model.weights)))
+        model.to(self.device)
         optimizer = build_optimizer(model, config.training)
         self.state = State()
         own: dict = {}
@@ -126,7 +130,7 @@ class Run:
             with torch.no_grad():
                 for name, buffer in self.bare.named_buffers():
                     buffer.copy_(own["buffers"][name])
-            torch.set_rng_state(own["torch_rng"])
+            set_random_state(self.device, own)
         self.group.choose_backend(self.bare, checkpoint.backend if checkpoint and own else "")
         self.model = self.group.wrap(self.bare)
         self.objective = build_objective(config.objective)
@@ -136,7 +140,7 @@ class Run:
         return {
             "kernels": f"{self.kernels.name} ({self.kernels.precision})",
             "threads a rank": str(self.threads),
-            "processor": processor(),
+            "processor": device_name(self.device),
         }
 
     def _start_journal(self, stop: Callable[[], bool]) -> None:
@@ -145,7 +149,9 @@ class Run:
             self._say(f"warning: {kernels.warning}")
         replaced_by_ours = replaced(self.bare)
         counts = "".join(f"; {count} {kind}" for kind, count in replaced_by_ours.items())
-        self._say(f"kernels {kernels.name}, {kernels.precision} ({kernels.reason}{counts}); allocator: {self.allocator}; {processor()}")
+        self._say(
+            f"kernels {kernels.name}, {kernels.precision} ({kernels.reason}{counts}); allocator: {self.allocator}; {device_name(self.device)}"
+        )
         if self.group.world_size > 1:
             self._say(f"{self.group.world_size} ranks over {self.group.backend} ({self.group.backend_reason})")
         self._say(
@@ -180,6 +186,7 @@ class Run:
             total_steps=self.total_steps,
             schedule_steps=self.planned_steps,
             steps_per_epoch=self.steps_per_epoch,
+            clock=StepClock(self.device),
         )
 
     def _meet(self, stop: Callable[[], bool]) -> Callable[[Progress | None], list[Progress | None]]:
@@ -208,6 +215,7 @@ class Run:
             mini_batch_size=self.mini_batch_size,
             first_step=first_step,
             last_step=last_step,
+            sender=self.sender,
         )
         return self.loader
 
@@ -228,9 +236,9 @@ class Run:
         """Say when the run will end and what its fullest node will hold, a step taking `step_s`. Where a limit does not allow it, warn, or raise
         ConfigError with training.strict_budget; the same on every rank."""
         config, steps = self.config, self.total_steps - self.state.step
-        own_gib = peak_rss_gib() + self._besides_passes_gib(self.mini_batch_size)
+        own_gib = self._peak_gib() + self._besides_passes_gib(self.mini_batch_size)
         allowed = time_limit() if self.group.rank == 0 else None  # one question to Slurm, not one a rank
-        told = self.group.all_gather_object((self.group.host, own_gib, memory_limit_gib(read_machine().memory_bytes), allowed))
+        told = self.group.all_gather_object((self._memory_of, own_gib, self._limit_gib(), allowed))
         nodes = [
             (sum(gib for node, gib, _, _ in told if node == name), min(limit for node, _, limit, _ in told if node == name))
             for name in {node for node, *_ in told}
@@ -240,8 +248,8 @@ class Run:
         evaluations = evaluations_left(self.state.step, self.total_steps, self.steps_per_epoch * config.training.validate_every_epochs)
         needed_s = predict_s(step_s, steps, evaluations, self.plan.num_val_fields, config.training.global_batch_size)
         now = datetime.now()
-        self.journal.say(prediction(steps, needed_s, now, peak_gib, limit_gib))
-        wrong = objections(needed_s, allowed.left_s, allowed.length_s, now, peak_gib, limit_gib)
+        self.journal.say(prediction(steps, needed_s, now, peak_gib, limit_gib, self._whose))
+        wrong = objections(needed_s, allowed.left_s, allowed.length_s, now, peak_gib, limit_gib, self._whose)
         if wrong and config.training.strict_budget:
             raise ConfigError(f"training.strict_budget=true: {' '.join(wrong)}")
         for text in wrong:
@@ -255,24 +263,43 @@ class Run:
         training = self.config.training
         auto, kept = training.mini_batch_size == "auto", self.sampler_state.get("mini_batch_size")
         asked = kept if auto and kept and self.share % kept == 0 else None if auto else training.fixed_mini_batch or self.share
-        node_bytes = read_machine().memory_bytes
-        limit_gib = node_bytes / 2**30 if asked else memory_limit_gib(node_bytes)  # what the kernel enforces, or what Slurm has given us
+        limit_gib = self._limit_gib(enforced=asked is not None)
 
         def peak_after(fields: int) -> float:
             if fields:
                 throw_away(self.model, self.group, lambda: self._throw_away_pass(fields))
-            return peak_rss_gib()
+            return self._peak_gib()
 
         def gather(passes: Footprint) -> list[Need]:
             fixed, field = self._besides_passes_gib(0), self._besides_passes_gib(1)
             own = Footprint(passes.fixed_gib + fixed, passes.field_gib + field - fixed)
-            return self.group.all_gather_object(Need(self.group.host, own, limit_gib))
+            return self.group.all_gather_object(Need(self._memory_of, own, limit_gib))
 
-        fields, peak_gib = settle(asked, self.share, training.memory_share, peak_after, gather)
+        fields, peak_gib = settle(asked, self.share, training.memory_share, peak_after, gather, self._whose)
         if auto:
-            why = "as the run began with" if asked else f"predicted to fill {gib(peak_gib)} of {gib(limit_gib)} GiB of a node"
+            why = "as the run began with" if asked else f"predicted to fill {gib(peak_gib)} of {gib(limit_gib)} GiB of a {self._whose}"
             self.journal.say(f"mini-batches of {fields} field{'s' * (fields > 1)} a rank, {self.share // fields} a step: {why}")
         return fields
+
+    # Memory is that of the node, which its ranks share, or of the rank's own GPU.
+
+    @property
+    def _whose(self) -> str:
+        return "node" if self.device.type == "cpu" else "GPU"
+
+    @property
+    def _memory_of(self) -> str:
+        return self.group.host if self.device.type == "cpu" else f"{self.group.host}, rank {self.group.rank}"
+
+    def _peak_gib(self) -> float:
+        return peak_rss_gib() if self.device.type == "cpu" else peak_device_gib(self.device)
+
+    def _limit_gib(self, enforced: bool = False) -> float:
+        """Return what the node or the GPU may hold; with `enforced` not what Slurm has given us, but what the kernel would end us for."""
+        if self.device.type == "cuda":
+            return device_limit_gib(self.device)
+        node_bytes = read_machine().memory_bytes
+        return node_bytes / 2**30 if enforced else memory_limit_gib(node_bytes)
 
     def _besides_passes_gib(self, mini_batch_size: int) -> float:
         """Return what this rank will hold besides its passes, in GiB: fields that stand ready, those of the step in use, the optimizer's state."""
@@ -283,18 +310,18 @@ class Run:
         return held
 
     def _throw_away_pass(self, fields: int) -> None:
-        images = torch.zeros(fields, len(self.plan.channels), *self.plan.image_size)
+        images = torch.zeros(fields, len(self.plan.channels), *self.plan.image_size, device=self.device)
         images = images.contiguous(memory_format=torch.channels_last)  # as the loader gives them
         with self.kernels.autocast():
             logits = self.model(images)
-        self.objective.loss(logits, torch.zeros(len(images), dtype=torch.int64)).backward()
+        self.objective.loss(logits, torch.zeros(len(images), dtype=torch.int64, device=self.device)).backward()
 
     def scores(self) -> tuple[Scores, Scores] | None:
         """Return the scores of the held-out fields and of their wells, with batch-norm statistics averaged over the ranks; None but on rank 0."""
         table = self.index.table
         val = (table["Metadata_Split"] == "val").to_numpy().nonzero()[0]
         rows = val[evaluation_rows(len(val), self.group.rank, self.group.world_size)]
-        loader = EvalLoader(self.index, rows, self.labels, self.preprocessing, self.config.data, self.mini_batch_size)
+        loader = EvalLoader(self.index, rows, self.labels, self.preprocessing, self.config.data, self.mini_batch_size, self.sender)
         with buffers_swapped(self.bare, self.group.averaged_buffers(self.bare)):
             rows, labels, logits = predict(self.bare, loader, self.kernels, self.group)
         self.bad_fields |= loader.bad_fields
@@ -334,8 +361,8 @@ class Run:
 
     def save(self, state: State) -> None:
         """Write a checkpoint of this state (rank 0), with what every rank keeps for itself."""
-        buffers = {name: buffer.detach().clone() for name, buffer in self.bare.named_buffers()}
-        ranks = self.group.all_gather_object({"buffers": buffers, "torch_rng": torch.get_rng_state()})
+        buffers = {name: buffer.detach().cpu().clone() for name, buffer in self.bare.named_buffers()}
+        ranks = self.group.all_gather_object({"buffers": buffers} | random_state(self.device))
         averaged = self.group.averaged_buffers(self.bare)
         if self.group.rank > 0:
             return
@@ -346,7 +373,7 @@ class Run:
             Checkpoint(
                 step=state.step,
                 model=self._weights(averaged),
-                optimizer=self.optimizer.state_dict(),
+                optimizer=on_processor(self.optimizer.state_dict()),
                 ranks=ranks,
                 history=state.history,
                 elapsed_s=state.elapsed_s,
@@ -370,13 +397,13 @@ class Run:
         self.journal.event("checkpoint", state.step, {"file": path.name})
 
     def _weights(self, averaged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the network's state_dict as plain contiguous tensors, its floating-point buffers replaced by the averaged ones."""
-        return {name: averaged.get(name, value).detach().contiguous().clone() for name, value in self.bare.state_dict().items()}
+        """Return the network's state_dict as plain contiguous tensors on the processor, its floating-point buffers replaced by the averaged ones."""
+        return {name: averaged.get(name, value).detach().cpu().contiguous().clone() for name, value in self.bare.state_dict().items()}
 
     def finish(self, seconds: float) -> None:
         """Write weights and summary, print the tables (rank 0)."""
         averaged = self.group.averaged_buffers(self.bare)
-        rss = self.group.all_gather_object(peak_rss_gib())
+        rss, device = (max(one) for one in zip(*self.group.all_gather_object((peak_rss_gib(), peak_device_gib(self.device))), strict=True))
         bad = self.group.all_gather_object(self.loader.bad_fields | self.bad_fields)
         self.bad_fields = {name: reason for fields in bad for name, reason in sorted(fields.items())}
         if self.group.rank > 0:
@@ -387,7 +414,7 @@ class Run:
 
         assert self.last_scores is not None
         fields, wells = self.last_scores
-        write_json(self.folder.summary, summarise(self, fields, wells, seconds, max(rss)))
+        write_json(self.folder.summary, summarise(self, fields, wells, seconds, rss, device))
         self.journal.event("end", self.state.step, {"seconds": seconds})
         self.journal.close()
         plan, split = self.plan, self.config.plates.split

@@ -2,10 +2,12 @@
 
 In: a strided view (C, H, W) of unsigned integers, a coarse shading grid, a gain and a shift for each channel. Out: float32 in a
 given array. Promised: rows are converted in blocks that stay in a core's cache, so main memory is read once and written once;
-numpy only, no threads.
+numpy only, no threads. (`sending` does the same on a GPU.)
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -42,6 +44,40 @@ class ShadingView:
         np.multiply(self.weight[rows, None], self.slopes[channel][at], out=value)
         value += self.across[channel][at]
         block /= value
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """What is done to one field: `rows` and `columns` of it are taken, turned, averaged, shaded, scaled.
+
+    Attributes
+    ----------
+    rows, columns : the window, px of the stored field.
+    transpose, flip_rows, flip_columns : what is done to it, in this order.
+    downsample : this many pixels a side are averaged into one.
+    shading : the shading function at the pixels of the output; None without correction.
+    gain, shift : float32 (C,).
+    """
+
+    rows: slice
+    columns: slice
+    transpose: bool
+    flip_rows: bool
+    flip_columns: bool
+    downsample: int
+    shading: ShadingView | None
+    gain: np.ndarray
+    shift: np.ndarray
+
+    def window(self, image: np.ndarray) -> np.ndarray:
+        """Return the part of a stored field (C, H, W) that is used, as a view."""
+        return image[:, self.rows, self.columns]
+
+    def turned(self, image: np.ndarray) -> np.ndarray:
+        """Return that part as it lies in the output, as a view."""
+        window = self.window(image)
+        window = window.swapaxes(1, 2) if self.transpose else window
+        return window[:, :: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
 
 
 def convert(view: np.ndarray, downsample: int, shading: ShadingView | None, gain: np.ndarray, shift: np.ndarray, out: np.ndarray) -> None:

@@ -28,6 +28,7 @@ from hcsdl.data.augmentation import Augmentation, draw_augmentation
 from hcsdl.data.preprocessing import Preprocessing
 from hcsdl.data.reading import read_field
 from hcsdl.data.sampling import Sampler
+from hcsdl.data.sending import Sender
 from hcsdl.plates.index import Index
 
 _NOTHING = -1
@@ -35,13 +36,13 @@ _NOTHING = -1
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """Fields on their way to the network.
+    """Fields on their way to the network, images and labels where it computes.
 
     Attributes
     ----------
     images : float32 (N, C, H, W), channels_last in memory.
     labels : int64 (N,).
-    rows : int64 (N,), rows of the index table that are in here.
+    rows : int64 (N,), rows of the index table that are in here; always in this process's own memory.
     """
 
     images: torch.Tensor
@@ -52,8 +53,11 @@ class MiniBatch:
 class _Loader:
     """What both loaders share: filling mini-batches field by field, ahead of their use."""
 
-    def __init__(self, index: Index, labels: np.ndarray, preprocessing: Preprocessing, config: DataConfig) -> None:
+    def __init__(
+        self, index: Index, labels: np.ndarray, preprocessing: Preprocessing, config: DataConfig, sender: Sender | None = None
+    ) -> None:
         self.index, self.labels, self.preprocessing, self.config = index, np.asarray(labels, dtype=np.int64), preprocessing, config
+        self.sender = sender
         self.wait_s = 0.0
         self.bad_fields: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -74,14 +78,15 @@ class _Loader:
 
     def _run(self, plan: Iterator[tuple[np.ndarray, np.ndarray]], ahead: int) -> Generator[MiniBatch, None, None]:
         pool = ThreadPoolExecutor(self.config.workers, thread_name_prefix="hcsdl-loader") if self.config.workers else None
-        pending: deque[tuple[torch.Tensor, np.ndarray, list[Callable[[], None]]]] = deque()
+        pending: deque[tuple[torch.Tensor, np.ndarray, list[Callable[[], torch.cuda.Event | None]]]] = deque()
         try:
             pending.extend(self._start(pool, *item) for item in islice(plan, ahead if pool else 1))
             while pending:
                 started = time.perf_counter()
                 images, rows, places = pending.popleft()
-                for finish in places:
-                    finish()
+                sent = [finish() for finish in places]
+                if self.sender:
+                    self.sender.receive(images, sent)
                 self.wait_s += time.perf_counter() - started
                 pending.extend(self._start(pool, *item) for item in islice(plan, 1))
                 if rows.max() > _NOTHING:
@@ -92,11 +97,14 @@ class _Loader:
 
     def _start(
         self, pool: ThreadPoolExecutor | None, rows: np.ndarray, epochs: np.ndarray
-    ) -> tuple[torch.Tensor, np.ndarray, list[Callable[[], None]]]:
+    ) -> tuple[torch.Tensor, np.ndarray, list[Callable[[], torch.cuda.Event | None]]]:
         """Return an empty mini-batch, the rows that will be in it, and for each place what to call to have it filled."""
         shape = self.preprocessing.output_shape(self._shape_of_fields(rows))
-        images = torch.empty((len(rows), *shape), memory_format=torch.channels_last)
-        places = images.permute(0, 2, 3, 1).numpy().transpose(0, 3, 1, 2)
+        if self.sender:
+            places = images = self.sender.empty((len(rows), *shape))
+        else:
+            images = torch.empty((len(rows), *shape), memory_format=torch.channels_last)
+            places = images.permute(0, 2, 3, 1).numpy().transpose(0, 3, 1, 2)
         loaded = np.full(len(rows), _NOTHING, np.int64)
         tasks = [partial(self._fill, places[at], loaded, at, int(rows[at]), int(epochs[at])) for at in range(len(rows))]
         return images, loaded, [pool.submit(task).result for task in tasks] if pool else tasks
@@ -105,17 +113,24 @@ class _Loader:
         if rows.min() == _NOTHING:
             there = np.flatnonzero(rows != _NOTHING)
             images, rows = images[torch.from_numpy(there)].contiguous(memory_format=torch.channels_last), rows[there]
-        return MiniBatch(images, torch.from_numpy(self.labels[rows]), torch.from_numpy(rows))
+        return MiniBatch(images, torch.from_numpy(self.labels[rows]).to(images.device), torch.from_numpy(rows))
 
-    def _fill(self, place: np.ndarray, loaded: np.ndarray, at: int, row: int, epoch: int) -> None:
-        """Load the field of `row`, or the first readable substitute, into `place` (C, H, W), and write down which row it is."""
+    def _fill(self, place: np.ndarray | torch.Tensor, loaded: np.ndarray, at: int, row: int, epoch: int) -> torch.cuda.Event | None:
+        """Load the field of `row`, or the first readable substitute, into `place` (C, H, W), and write down which row it is.
+
+        What is sent to a GPU is there once the event that is returned has come.
+        """
         for candidate in self._candidates(row):
             name = self.index.field_name(candidate)
             if name in self.bad_fields:
                 continue
             try:
                 image = self._read(candidate, name)
-                self.preprocessing.apply(image, self._plates[candidate], self._augmentation(name, epoch, image.shape), out=place)
+                changes, sent = (self._plates[candidate], self._augmentation(name, epoch, image.shape)), None
+                if self.sender:
+                    sent = self.sender.send(image, self.preprocessing.conversion(image.shape, *changes), place)
+                else:
+                    self.preprocessing.apply(image, *changes, out=place)
             except DataError as error:
                 self._note_bad(name, error)
             except Exception as error:
@@ -123,7 +138,8 @@ class _Loader:
                 raise
             else:
                 loaded[at] = candidate
-                return
+                return sent
+        return None
 
     def _read(self, row: int, name: str) -> np.ndarray:
         image = read_field(self.index.paths(row))
@@ -198,6 +214,8 @@ class TrainLoader(_Loader):
         Fields of a mini-batch; a rank's share is cut into equal ones.
     first_step, last_step
         Steps ``first_step … last_step - 1`` are yielded; a resumed run starts where it stopped.
+    sender
+        Where the mini-batches are to be, as stored pixels are sent there and scaled; None: here.
 
     Attributes
     ----------
@@ -226,8 +244,9 @@ class TrainLoader(_Loader):
         mini_batch_size: int,
         first_step: int,
         last_step: int,
+        sender: Sender | None = None,
     ) -> None:
-        super().__init__(index, labels, preprocessing, config)
+        super().__init__(index, labels, preprocessing, config, sender)
         share = len(sampler.rank_share(first_step, rank, world_size)[0])
         if share % mini_batch_size:
             raise ConfigError(
@@ -276,9 +295,16 @@ class EvalLoader(_Loader):
     """
 
     def __init__(
-        self, index: Index, rows: np.ndarray, labels: np.ndarray, preprocessing: Preprocessing, config: DataConfig, mini_batch_size: int
+        self,
+        index: Index,
+        rows: np.ndarray,
+        labels: np.ndarray,
+        preprocessing: Preprocessing,
+        config: DataConfig,
+        mini_batch_size: int,
+        sender: Sender | None = None,
     ) -> None:
-        super().__init__(index, labels, preprocessing, config)
+        super().__init__(index, labels, preprocessing, config, sender)
         self.rows, self.mini_batch_size = np.asarray(rows, dtype=np.int64), mini_batch_size
 
     def __len__(self) -> int:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from hcsdl.config import DataConfig, DataError
 from hcsdl.data.augmentation import Augmentation, cropped_size, window_size
-from hcsdl.data.conversion import ShadingView, convert
+from hcsdl.data.conversion import Conversion, ShadingView, convert
 from hcsdl.data.illumination import coarse_grid, fit_shading
 from hcsdl.data.intensity import BINS, histogram, scaling
 from hcsdl.data.reading import read_field
@@ -99,26 +99,29 @@ class Preprocessing:
         DataError
             The field has another number of channels than was fitted.
         """
-        if len(image) != len(self.channels):
+        conversion = self.conversion(image.shape, plate, augmentation)
+        view = conversion.turned(image)
+        if out is None:
+            out = np.empty((len(view), view.shape[1] // self.downsample, view.shape[2] // self.downsample), np.float32)
+        convert(view, conversion.downsample, conversion.shading, conversion.gain, conversion.shift, out)
+        return out
+
+    def conversion(self, shape: tuple[int, ...], plate: str, augmentation: Augmentation | None = None) -> Conversion:
+        """Return what `apply` does to a field of `shape` (C, H, W). Raises as `apply`."""
+        if shape[0] != len(self.channels):
             raise DataError(
-                f"A field must have the channels {', '.join(self.channels)}. Found an array of shape {image.shape} on plate "
+                f"A field must have the channels {', '.join(self.channels)}. Found an array of shape {shape} on plate "
                 f"{plate}: give it the same channels, in the same order."
             )
-        height, width = image.shape[1:]
-        rows, columns = window_size(image.shape, self.crop_px, self.downsample)
+        height, width = shape[1:]
+        rows, columns = window_size(shape, self.crop_px, self.downsample)
         if augmentation is None:
-            cropped = cropped_size(image.shape, self.crop_px)
+            cropped = cropped_size(shape, self.crop_px)
             top, left = (height - cropped[0]) // 2, (width - cropped[1]) // 2
-            transpose, down, across = False, 1, 1
+            transpose, flip_rows, flip_columns = False, False, False
         else:
             top, left = augmentation.origin_px
             transpose, flip_rows, flip_columns = augmentation.orientation()
-            down, across = -1 if flip_rows else 1, -1 if flip_columns else 1
-        view = image[:, top : top + rows, left : left + columns]
-        view = (view.swapaxes(1, 2) if transpose else view)[:, ::down, ::across]
-        if out is None:
-            out = np.empty((len(view), view.shape[1] // self.downsample, view.shape[2] // self.downsample), np.float32)
-
         offset, scale, dark, grid = self._plate(plate)
         gain = np.asarray(augmentation.gain if augmentation else 1.0) * scale
         shift = (augmentation.offset if augmentation else 0.0) - offset * gain
@@ -131,9 +134,18 @@ class Preprocessing:
             sides = (height, width)
             if transpose:
                 row_px, column_px, sides, grid = column_px, row_px, sides[::-1], grid.swapaxes(1, 2)
-            shading = ShadingView(grid, dark, row_px[::down], column_px[::across], sides)
-        convert(view, self.downsample, shading, gain.astype(np.float32), shift.astype(np.float32), out)
-        return out
+            shading = ShadingView(grid, dark, row_px[:: -1 if flip_rows else 1], column_px[:: -1 if flip_columns else 1], sides)
+        return Conversion(
+            rows=slice(top, top + rows),
+            columns=slice(left, left + columns),
+            transpose=transpose,
+            flip_rows=flip_rows,
+            flip_columns=flip_columns,
+            downsample=self.downsample,
+            shading=shading,
+            gain=gain.astype(np.float32),
+            shift=shift.astype(np.float32),
+        )
 
     def _plate(self, plate: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
         """Return a plate's offset and scale, float64 (C,), dark (C,) and shading (C, h, w); the pooled ones if it was never fitted."""

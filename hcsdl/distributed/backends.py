@@ -17,10 +17,12 @@ SMALLEST = 2**20
 ROUNDS = 3, 15
 
 
-def missing(backend: str) -> str:
-    """Return a sentence why this process cannot use `backend`, empty if it can."""
-    if backend == "nccl":
-        return "nccl moves data between GPUs; hcsdl trains on processors: use auto, ccl or gloo."
+def missing(backend: str, device: str = "cpu") -> str:
+    """Return a sentence why this process, computing on `device`, cannot use `backend`, empty if it can."""
+    if backend == "nccl" and device == "cpu":
+        return "nccl moves data between GPUs, and machine.device=cpu: use auto, ccl or gloo."
+    if backend == "nccl" and not dist.is_nccl_available():
+        return "this torch was built without it: use gloo."
     if backend == "ccl":
         from hcsdl.distributed import oneccl
 

@@ -1,7 +1,7 @@
 """One process group over all ranks, or none for one rank; the same calls for both.
 
-In: an `Identity` and the distributed settings. Out: a `Group`, whose collectives work on CPU tensors and plain objects. A peer that is
-lost, or a collective that outlasts `timeout_s`, raises `LostRank`.
+In: an `Identity`, the distributed settings and the device. Out: a `Group`, whose collectives work on CPU tensors, plain objects and, on GPUs, on
+theirs. A peer that is lost, or a collective that outlasts `timeout_s`, raises `LostRank`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from hcsdl.distributed.handout import shared_store
 from hcsdl.distributed.heartbeat import Heartbeat, LostRank, take_leave, watch
 from hcsdl.distributed.identity import Identity
 from hcsdl.distributed.interfaces import use_interface
+from hcsdl.kernels.device import CPU, gpu_id
 from hcsdl.machine.process import held_back_output
 
 START_S = 60.0  # what oneCCL has for starting, when gloo is there instead; a guess
@@ -36,7 +37,7 @@ def first_line(error: Exception) -> str:
 # How a RuntimeError reads that is a failed collective's: gloo's have no type of their own, and the autograd engine keeps but the text of an error
 # of a collective that DistributedDataParallel started ("…: CclError: …", tried with torch 2.8 and 2.13).
 COMMUNICATION = re.compile(
-    r"/gloo/|\bCclError\b|\boneCCL\b|Application timeout caused pair closure|Connection (closed|reset) by peer|Broken pipe"
+    r"/gloo/|\bCclError\b|\boneCCL\b|\bNCCL\b|\bnccl\w*Error\b|Application timeout caused pair closure|Connection (closed|reset) by peer|Broken pipe"
 )
 
 
@@ -46,30 +47,49 @@ def of_communication(error: RuntimeError) -> bool:
 
 
 class Group:
-    """The ranks of one run. With a world size of 1 every call returns at once and torch.distributed is not started."""
+    """The ranks of one run. With a world size of 1 every call returns at once and torch.distributed is not started.
 
-    def __init__(self, identity: Identity, config: DistributedConfig) -> None:
+    On GPUs, a rank each, tensors of theirs (gradients, buffers) go through NCCL, all else through gloo.
+    """
+
+    def __init__(self, identity: Identity, config: DistributedConfig, device: torch.device = CPU) -> None:
         self.rank, self.world_size, self.host, self.config = identity.rank, identity.world_size, identity.host, config
+        self.device = device
         self.backend, self.backend_reason = "none", "one rank"
         self._store = None
         self._heart: Heartbeat | None = None
         self._begun = 0  # collectives
         self._reducing: dist.ProcessGroup | None = None  # what gradients go through; None: the group all else goes through
         if self.world_size > 1:
-            self.backend = "gloo" if config.backend == "auto" else config.backend  # with auto, until `choose_backend`
-            self.backend_reason = "as configured"
-            if missing(self.backend):
-                raise ConfigError(f"distributed.backend={self.backend} cannot be used: {missing(self.backend)}")
+            usual = "gloo" if device.type == "cpu" else "nccl"  # of the processor with auto until `choose_backend`
+            self.backend = usual if config.backend == "auto" else config.backend
+            self.backend_reason = "as configured" if device.type == "cpu" or config.backend != "auto" else "between GPUs"
+            if reason := missing(self.backend, device.type):
+                raise ConfigError(f"distributed.backend={self.backend} cannot be used: {reason}")
             use_interface(config.interface, os.environ["MASTER_ADDR"])
             wait = timedelta(seconds=config.timeout_s)
             self._store = self.guard("rendezvous", lambda: shared_store(config.timeout_s))
             store = dist.PrefixStore("group", self._store)
             self._heart = self.guard("heartbeat", lambda: watch(store, self.rank, self.world_size, config.silence_s))
+            name = "cpu:gloo,cuda:nccl" if self.backend == "nccl" else self.backend
             with held_back_output():
                 self.guard(
                     "start of the process group",
-                    lambda: dist.init_process_group(self.backend, store=store, rank=self.rank, world_size=self.world_size, timeout=wait),
+                    lambda: dist.init_process_group(name, store=store, rank=self.rank, world_size=self.world_size, timeout=wait),
                 )
+            self._check_gpus()
+
+    def _check_gpus(self) -> None:
+        """Raise ConfigError where two ranks have one GPU, as under a launcher that starts more of them than a host has."""
+        if self.device.type == "cpu":
+            return
+        owners: dict[tuple[str, str], int] = {}
+        for rank, own in enumerate(self.all_gather_object((self.host, gpu_id(self.device)))):
+            if own in owners:
+                raise ConfigError(
+                    f"each rank must have a GPU of its own. Ranks {owners[own]} and {rank} have the same one on {own[0]}: start fewer there."
+                )
+            owners[own] = rank
 
     def guard(self, what: str, call: Callable[[], Any]) -> Any:
         """Return `call()`; what backends raise for a dead peer or a time-out becomes `LostRank`, other errors in it stay what they are."""
@@ -134,7 +154,7 @@ class Group:
         `before` is what the run went through until it was stopped: kept without timing, since another library adds in another order. What was
         chosen and why stands in `backend` and `backend_reason`, the same on every rank. At most about 2 s.
         """
-        if self.world_size == 1 or self.config.backend != "auto":
+        if self.world_size == 1 or self.config.backend != "auto" or self.device.type != "cpu":
             return
         reasons = [reason for reason in self.all_gather_object(missing("ccl")) if reason]
         if reasons:
@@ -196,6 +216,7 @@ class Group:
             "DistributedDataParallel",
             lambda: torch.nn.parallel.DistributedDataParallel(
                 model,
+                device_ids=None if self.device.type == "cpu" else [self.device],
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
                 bucket_cap_mb=self.config.bucket_mib,

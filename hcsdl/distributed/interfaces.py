@@ -1,6 +1,6 @@
 """Which network interface the ranks talk over.
 
-In: the configured name, or the address of the first rank's host. Out: the environment variables in which gloo, oneCCL and libfabric look it up;
+In: the configured name, or the address of the first rank's host. Out: the environment variables in which gloo, NCCL, oneCCL and libfabric look it up;
 what the user has set there stays. Promised: the loopback is taken only where all ranks were given a loopback address, not because this host's own
 name leads to it (Debian's /etc/hosts says `127.0.1.1 <name>`): other hosts would not reach this one there. No torch.
 """
@@ -15,7 +15,7 @@ import struct
 from hcsdl.config import ConfigError
 from hcsdl.distributed.rendezvous import expand_nodes
 
-VARIABLES = ("GLOO_SOCKET_IFNAME", "FI_TCP_IFACE", "CCL_KVS_IFACE")
+VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "FI_TCP_IFACE", "CCL_KVS_IFACE")
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 LOOPBACK = "lo"
 ELSEWHERE = "192.0.2.1"  # an address nobody has (RFC 5737): the way to it is the default route
@@ -60,7 +60,7 @@ def common_interface(host: str) -> str | None:
 
 
 def use_interface(name: str | None, host: str, one_host: bool = True) -> None:
-    """Let gloo, oneCCL and libfabric use interface `name`, or where it is None `common_interface(host)`, `host` being where the ranks meet.
+    """Let gloo, NCCL, oneCCL and libfabric use interface `name`, or where it is None `common_interface(host)`, `host` being where the ranks meet.
 
     Not the loopback where they are known not to be on `one_host`. Raises ConfigError where `name` has no address.
     """

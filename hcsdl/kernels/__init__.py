@@ -1,4 +1,4 @@
-"""How a model's operators run on this processor: precision, memory format, IPEX, our own.
+"""How a model's operators run on this processor or GPU: precision, memory format, IPEX, our own.
 
 In: a kernels setting, then a model and its optimizer. Out: both, prepared, and the autocast context to run them under.
 `choose_kernels` resolves `auto` once, says why, and never changes numbers silently: what it fell back to stands in `reason`.
@@ -14,29 +14,32 @@ from dataclasses import dataclass, field
 import torch
 
 from hcsdl.config import ConfigError
+from hcsdl.kernels.device import CPU, device_name
 from hcsdl.kernels.native.build import NoLibrary
 from hcsdl.kernels.replacement import compile_operators, replace_operators
 from hcsdl.machine.cores import bf16_flags
 from hcsdl.machine.process import held_back_output
 
 log = logging.getLogger(__name__)
+FIRST_WITH_BF16 = (8, 0)  # compute capability: Ampere
 
 
 @dataclass(frozen=True)
 class Kernels:
     """The chosen kernels: `name` is reference, native, ipex or fused; `precision` is fp32 or bf16; `reason` a sentence; `warning` may be empty.
 
-    Equal are those of the same name and precision: why they were chosen may differ from node to node.
+    Equal are those of the same name and precision: why they were chosen may differ from node to node. `device` is where they run.
     """
 
     name: str
     precision: str
     reason: str = field(compare=False)
     warning: str = field(default="", compare=False)
+    device: torch.device = field(default=CPU, compare=False)
 
     def autocast(self) -> AbstractContextManager:
         """Return the context under which forward passes run: bf16 autocast, or nothing in fp32."""
-        return torch.autocast("cpu", dtype=torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
     def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> tuple:
         """Return the model and optimizer as these kernels want them; the caller keeps no other reference to either.
@@ -87,16 +90,18 @@ def _steps(tensor: torch.Tensor) -> list[int]:
     return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
-def choose_kernels(name: str) -> Kernels:
-    """Return the kernels for a setting (`auto`, `reference`, `native`, `ipex`, `fused`) on this processor and these packages.
+def choose_kernels(name: str, device: torch.device = CPU) -> Kernels:
+    """Return the kernels for a setting (`auto`, `reference`, `native`, `ipex`, `fused`) on this processor and these packages, or on a GPU.
 
     `auto` is fused, which was the fastest for each of our networks where it was measured (BENCHMARKS.md). Where our operators cannot be
     compiled or run, fused is native, and auto is ipex or native, with a warning. bf16 convolutions without AVX512_BF16 or AMX are 4 to 16 times
     slower than fp32 (pytorch/pytorch#183815), so without them every choice runs in fp32, with a warning. Raises ConfigError where IPEX is asked
-    for by name and cannot be had.
+    for by name and cannot be had. On a GPU there are reference and native, which auto is.
     """
     if name == "reference":
-        return Kernels("reference", "fp32", "asked for")
+        return Kernels("reference", "fp32", "asked for", device=device)
+    if device.type == "cuda":
+        return _on_gpu(name, device)
     if name == "ipex" and (problem := ipex_problem()):
         raise ConfigError(f"kernels=ipex needs intel-extension-for-pytorch and a torch of the same version. {problem} Use kernels=native.")
     chosen, reasons, warnings = name, [], []
@@ -122,6 +127,14 @@ def choose_kernels(name: str) -> Kernels:
     else:
         reasons.insert(0, "asked for")
     return Kernels(chosen, "bf16", "; ".join(reasons), " ".join(warnings))
+
+
+def _on_gpu(name: str, device: torch.device) -> Kernels:
+    reason = "torch's own are what a GPU has" if name == "auto" else "asked for"
+    if torch.cuda.get_device_capability(device) >= FIRST_WITH_BF16:
+        return Kernels("native", "bf16", reason, device=device)
+    warning = f"kernels={name}: {device_name(device)} has no bf16 (compute capability 8.0 has): training in fp32."
+    return Kernels("native", "fp32", f"no bf16; {reason}", warning, device)
 
 
 def ipex_problem() -> str:

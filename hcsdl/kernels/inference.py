@@ -48,7 +48,7 @@ class Embedder(nn.Module):
         """Return embedding (N, F) and logits (N, K), float32, of images (N, C, H, W)."""
         features = self.model.forward_features(images.to(self.dtype))
         embedding = self.model.forward_head(features.float(), pre_logits=True).float()
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(images.device.type, enabled=False):
             return embedding, self.model.fc(embedding)
 
 

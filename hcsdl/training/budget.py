@@ -37,22 +37,24 @@ def optimizer_gib(num_parameters: int, slots: int) -> float:
     return num_parameters * slots * 4 / 2**30
 
 
-def prediction(steps: int, needed_s: float, now: datetime, peak_gib: float, limit_gib: float) -> str:
-    """Return the sentence that is printed before the first step."""
+def prediction(steps: int, needed_s: float, now: datetime, peak_gib: float, limit_gib: float, whose: str = "node") -> str:
+    """Return the sentence that is printed before the first step; the memory is a node's or a GPU's (`whose`)."""
     return (
         f"predicted: {steps:,} step{'s' * (steps != 1)} in {duration(needed_s)}, done about {moment(now, needed_s)}; "
-        f"peak memory about {gib(peak_gib)} of {gib(limit_gib)} GiB a node"
+        f"peak memory about {gib(peak_gib)} of {gib(limit_gib)} GiB a {whose}"
     )
 
 
-def objections(needed_s: float, left_s: float, length_s: float, now: datetime, peak_gib: float, limit_gib: float) -> list[str]:
+def objections(
+    needed_s: float, left_s: float, length_s: float, now: datetime, peak_gib: float, limit_gib: float, whose: str = "node"
+) -> list[str]:
     """Return a sentence for each limit that will not do.
 
     Parameters
     ----------
     needed_s, left_s, length_s : seconds that the rest of the run takes, that this job still has, and that a job of its kind has from its start;
         infinity where there is no limit.
-    peak_gib, limit_gib : memory of the fullest node, and what it may hold.
+    peak_gib, limit_gib : memory of the fullest node or GPU (`whose`), and what it may hold.
     """
     found = []
     if needed_s > left_s:
@@ -64,8 +66,8 @@ def objections(needed_s: float, left_s: float, length_s: float, now: datetime, p
         )
     if peak_gib > limit_gib:
         found.append(
-            f"the ranks of a node must fit into its memory. They will hold about {gib(peak_gib)} GiB and may hold {gib(limit_gib)}: fewer ranks a "
-            "node, a smaller training.mini_batch_size, or model.checkpoint_activations=full."
+            f"the ranks of a {whose} must fit into its memory. They will hold about {gib(peak_gib)} GiB and may hold {gib(limit_gib)}: "
+            f"{'fewer ranks a node, ' * (whose == 'node')}a smaller training.mini_batch_size, or model.checkpoint_activations=full."
         )
     return found
 

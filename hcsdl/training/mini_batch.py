@@ -1,4 +1,4 @@
-"""How many fields a rank takes at once: the largest mini-batch that its node's memory holds, known before the first step.
+"""How many fields a rank takes at once: the largest mini-batch that its node's memory holds, or its GPU's, known before the first step.
 
 In: what a forward and backward pass over one field, and over two, made of this process, and what a node's ranks may hold together. Out: the number of
 fields, the same on every rank, or a ConfigError. Promised: no pass is made that is not known to fit, but the first, over one field.
@@ -15,7 +15,7 @@ from hcsdl.training.budget import gib
 
 @dataclass(frozen=True)
 class Footprint:
-    """Peak resident memory of one rank in GiB: `fixed_gib`, and `field_gib` more for each field of its mini-batch.
+    """Peak resident memory of one rank, or its peak of GPU memory, in GiB: `fixed_gib`, and `field_gib` more for each field of its mini-batch.
 
     What a pass keeps grows with its fields in proportion; what does not (weights, gradients, code) is the rest. Peaks of ResNet-18, ResNet-50 and
     M-CNN over 4 fields were predicted from 1 and 2 within 4 % (measured here).
@@ -31,7 +31,7 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Need:
-    """One rank: the node it is on, its footprint, and what its node may hold, in GiB."""
+    """One rank: the node it is on (a GPU counts as one), its footprint, and what its node may hold, in GiB."""
 
     node: str
     footprint: Footprint
@@ -71,6 +71,7 @@ def settle(
     memory_share: float,
     peak_after: Callable[[int], float],
     gather: Callable[[Footprint], list[Need]],
+    whose: str = "node",
 ) -> tuple[int, float]:
     """Return the mini-batch that all ranks will take, and the peak in GiB that is predicted for the node it fills most.
 
@@ -81,6 +82,7 @@ def settle(
     memory_share : part of a node's memory that may be filled, where it is ours to choose.
     peak_after : makes a throw-away pass over so many fields, none for 0; returns this process's peak in GiB.
     gather : footprint of this rank's passes → `Need` of all ranks, in their order, with all else that a rank will hold.
+    whose : node or GPU: what the memory is called.
 
     Raises ConfigError where the mini-batch asked for, or a single field, does not fit.
     """
@@ -95,9 +97,10 @@ def settle(
         return fields, fullest(needs, fields)[0]
     fitting, refused = largest_fitting(needs, share, memory_share), asked or 1
     needed, allowed = fullest(needs, refused)
-    remedy = f"training.mini_batch_size={fitting} would fit" if fitting else "take fewer ranks a node or model.checkpoint_activations=full"
+    less = "take fewer ranks a node or model.checkpoint_activations=full" if whose == "node" else "take model.checkpoint_activations=full"
+    remedy = f"training.mini_batch_size={fitting} would fit" if fitting else less
     raise ConfigError(
-        f"a mini-batch must fit into its node's memory. With {refused} field{'s' * (refused > 1)} a rank the node would hold about "
+        f"a mini-batch must fit into its {whose}'s memory. With {refused} field{'s' * (refused > 1)} a rank the {whose} would hold about "
         f"{gib(needed)} GiB, and it may hold {gib(memory_share * allowed)}: {remedy}."
     )
 

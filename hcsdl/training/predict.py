@@ -20,7 +20,7 @@ from hcsdl.kernels import Kernels
 def outputs(
     model: torch.nn.Module, loader: Iterable[MiniBatch], kernels: Kernels, pad_to: int | None = None
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield (rows int64 (n,), labels int64 (n,), what the model returns: one or several tensors float32 (n, …)) of each mini-batch.
+    """Yield (rows int64 (n,), labels int64 (n,), what the model returns: one or several tensors float32 (n, …)) of each mini-batch, on the processor.
 
     The model runs in evaluation mode and without gradients; between two mini-batches it is in its own mode. With `pad_to` a smaller mini-batch is
     filled up to so many fields with copies of its last one, which are taken off again: kernels choose their order of additions by the shape.
@@ -37,7 +37,7 @@ def outputs(
         finally:
             model.train(training)
         found = found if isinstance(found, tuple) else (found,)
-        yield batch.rows, batch.labels, *(one[: len(batch.images)].float() for one in found)
+        yield batch.rows, batch.labels.cpu(), *(one[: len(batch.images)].float().cpu() for one in found)
 
 
 def predict(

@@ -16,20 +16,22 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from hcsdl.distributed.group import Group
+from hcsdl.kernels.device import CPU, random_state, set_random_state, wait_for
 
 PARTS = ("data", "forward_backward", "exposed_communication", "optimizer")
 ENOUGH_S = 1.0  # a pass that takes longer is timed once, a shorter one three times; a guess
 
 
 class StepClock:
-    """Stops the time of one rank's steps.
+    """Stops the time of one rank's steps on `device`, for which each lap waits.
 
     Exposed communication is what a step's passes take longer than the same rank's passes without communication (`alone_s`, of all its
     mini-batches), and the wait of the step before for the other ranks' agreement: what the backward pass does not hide. The optimizer's time,
     with that of the gradient's norm, is that of the step before, since all ranks hear of a step's times before its optimizer moves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
         self.alone_s = 0.0
         self.data_s = 0.0
         self._last = self._passes_s = self._optimizer_s = self._agreement_s = 0.0
@@ -41,6 +43,7 @@ class StepClock:
         self._last = time.monotonic()
 
     def _lap(self) -> float:
+        wait_for(self.device)
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         return seconds
@@ -95,9 +98,10 @@ def probe(model: torch.nn.Module, group: Group, one_pass: Callable[[], None]) ->
     def timed(alone: bool) -> float:
         begun = time.monotonic()
         _pass(model, group, one_pass, alone)
+        wait_for(group.device)
         return group.largest(time.monotonic() - begun)
 
-    with _no_trace(model):
+    with _no_trace(model, group.device):
         timed(alone=False)
         first = timed(alone=True)
         times = 1 if first > ENOUGH_S else 3
@@ -108,7 +112,7 @@ def probe(model: torch.nn.Module, group: Group, one_pass: Callable[[], None]) ->
 
 def throw_away(model: torch.nn.Module, group: Group, one_pass: Callable[[], None]) -> None:
     """Make one call of `one_pass` without sending gradients, and leave no trace of it but the memory it took."""
-    with _no_trace(model):
+    with _no_trace(model, group.device):
         _pass(model, group, one_pass, alone=True)
 
 
@@ -118,11 +122,11 @@ def _pass(model: torch.nn.Module, group: Group, one_pass: Callable[[], None], al
 
 
 @contextmanager
-def _no_trace(model: torch.nn.Module) -> Iterator[None]:
-    buffers, random = [b.detach().clone() for b in model.buffers()], torch.get_rng_state()
+def _no_trace(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    buffers, random = [b.detach().clone() for b in model.buffers()], random_state(device)
     yield
     with torch.no_grad():
         for buffer, before in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(before)
     model.zero_grad(set_to_none=True)
-    torch.set_rng_state(random)
+    set_random_state(device, random)

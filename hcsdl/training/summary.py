@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 THRESHOLDS = (0.90, 0.95, 0.99)
+PLATEAU = 0.01  # an accuracy this little below the last one is as good; a guess
 PACKAGES = ("hcsdl", "torch", "torchvision", "intel-extension-for-pytorch", "oneccl", "numpy", "pandas", "hydra-core", "tifffile")
 
 
@@ -38,9 +39,16 @@ def git_commit() -> str | None:
 
 
 def time_to_accuracy(history: Sequence[dict], key: str) -> dict[str, float | None]:
-    """Return {threshold: seconds of training until an evaluation first reached it, None if never} of one figure of the evaluations."""
+    """Return {threshold: seconds of training until an evaluation first reached it, None if never} of one figure of the evaluations.
+
+    `plateau` is the last evaluation's figure less `PLATEAU`: how long it took to be as good as the run got in the end. Seconds are those of the
+    training loop over all attempts, evaluations and checkpoints included, start-up and what is done before the ranks start not.
+    """
+    thresholds = {f"{threshold:.2f}": threshold for threshold in THRESHOLDS}
+    if history:
+        thresholds["plateau"] = history[-1][key] - PLATEAU
     found: dict[str, float | None] = {}
-    for threshold in THRESHOLDS:
+    for name, threshold in thresholds.items():
         reached = [e["elapsed_s"] for e in history if e[key] >= threshold]
-        found[f"{threshold:.2f}"] = round(reached[0], 1) if reached else None
+        found[name] = round(reached[0], 1) if reached else None
     return found

@@ -16,6 +16,7 @@ from hcsdl.commands.run import Run
 from hcsdl.commands.train import open_run_folder, prepare_run
 from hcsdl.config import ConfigError, DataError
 from hcsdl.data.preprocessing import load_preprocessing
+from hcsdl.data.sending import Sender
 from hcsdl.distributed.identity import Identity
 from hcsdl.machine.cores import processor
 from hcsdl.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
@@ -79,12 +80,27 @@ def test_memory_of_an_optimizer_that_has_not_moved_yet_counts(folder: RunFolder,
     run = start(folder)
     run.journal.close()
     told = []
-    monkeypatch.setattr("hcsdl.commands.run.prediction", lambda steps, s, now, peak_gib, limit: told.append(peak_gib) or "")
+    monkeypatch.setattr("hcsdl.commands.run.prediction", lambda steps, s, now, peak_gib, *_: told.append(peak_gib) or "")
     monkeypatch.setattr("hcsdl.commands.run.peak_rss_gib", lambda: 1.0)
     run._check_budget(1.0)
     run.optimizer.state[next(run.bare.parameters())] = {"momentum_buffer": torch.zeros(1)}
     run._check_budget(1.0)
     assert told[0] - told[1] == pytest.approx(4 * sum(p.numel() for p in run.bare.parameters()) / 2**30)
+
+
+def test_fields_that_are_sent_train_the_same_network(folder: RunFolder) -> None:
+    """As on a GPU, with the processor in its place: training and evaluation take the sent fields, and nothing of the numbers moves."""
+    found = []
+    for sender in (None, Sender(torch.device("cpu"))):
+        run = start(folder)
+        run.sender, run.total_steps = sender, 2
+        run.parts.total_steps = 2
+        run.parts.save = lambda state: None
+        run.train()
+        run.journal.close()
+        found.append((run.state.history[-1]["val_accuracy"], [value.clone() for value in run.bare.state_dict().values()]))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(one, other) for one, other in zip(found[0][1], found[1][1], strict=True))
 
 
 def test_pixels_are_scaled_as_when_the_run_began(folder: RunFolder) -> None:

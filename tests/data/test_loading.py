@@ -46,7 +46,7 @@ class Screen:
         )
 
     def train(
-        self, *, size: int = 4, seed: int = 0, rank: int = 0, world: int = 1, mini: int | None = None, steps=(0, 5), **settings
+        self, *, size: int = 4, seed: int = 0, rank: int = 0, world: int = 1, mini: int | None = None, steps=(0, 5), sender=None, **settings
     ) -> TrainLoader:
         return TrainLoader(
             self.index,
@@ -60,11 +60,12 @@ class Screen:
             mini_batch_size=mini or size // world,
             first_step=steps[0],
             last_step=steps[1],
+            sender=sender,
         )
 
-    def evaluate(self, mini: int = 5, rows=None, **settings) -> EvalLoader:
+    def evaluate(self, mini: int = 5, rows=None, sender=None, **settings) -> EvalLoader:
         rows = np.arange(len(self.index.table)) if rows is None else rows
-        return EvalLoader(self.index, rows, self.labels, self.preprocessing, DataConfig(**settings), mini)
+        return EvalLoader(self.index, rows, self.labels, self.preprocessing, DataConfig(**settings), mini, sender)
 
     def harm(self, row: int) -> str:
         """Make a field unreadable and return its name."""

@@ -20,7 +20,7 @@ def network() -> torch.nn.Module:
 
 
 def test_nccl_is_refused_with_the_reason() -> None:
-    with pytest.raises(ConfigError, match="distributed.backend=nccl cannot be used: .*hcsdl trains on processors"):
+    with pytest.raises(ConfigError, match="distributed.backend=nccl cannot be used: .*machine.device=cpu"):
         Group(Identity(0, 2, 0, 2, "torchrun"), DistributedConfig(backend="nccl"))
 
 

@@ -292,7 +292,8 @@ def test_summary_has_what_is_promised(tiny_plates: Path, tmp_path: Path) -> None
     assert (found["sampling"], found["leaky"], found["schema_version"]) == ("balanced", False, 1)
     assert found["backend"] in ("gloo", "ccl") and "gloo" in found["backend_reason"], "what `auto` took, and why"
     assert found["step_seconds"].keys() >= {"forward_backward_s", "exposed_communication_max_s"}
-    assert set(found["time_to_accuracy_s"]) == {"0.90", "0.95", "0.99"}
+    assert set(found["time_to_accuracy_s"]) == {"0.90", "0.95", "0.99", "plateau"}
+    assert (found["device"], found["peak_device_gib"]) == ("cpu", 0.0) and found["device_name"] == found["processor"]
     assert 0 <= found["data_wait_share"] <= 1 and found["images_per_s"] > 0
     assert "wells held out by random_well: accuracy" in done.stdout and f"run folder: {tmp_path / 'run'}" in done.stdout
     lines = runs.journal(tmp_path / "run")

@@ -86,7 +86,9 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
 
 def test_time_to_accuracy_is_of_the_first_evaluation_that_reached_it() -> None:
     history = [{"elapsed_s": 10.0, "acc": 0.5}, {"elapsed_s": 20.0, "acc": 0.96}, {"elapsed_s": 30.0, "acc": 0.91}]
-    assert time_to_accuracy(history, "acc") == {"0.90": 20.0, "0.95": 20.0, "0.99": None}
+    assert time_to_accuracy(history, "acc") == {"0.90": 20.0, "0.95": 20.0, "0.99": None, "plateau": 20.0}
+    assert time_to_accuracy([*history, {"elapsed_s": 40.0, "acc": 0.505}], "acc")["plateau"] == 10.0
+    assert time_to_accuracy([], "acc") == {"0.90": None, "0.95": None, "0.99": None}
 
 
 def test_versions_and_commit() -> None:
