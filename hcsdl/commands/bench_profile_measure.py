@@ -175,6 +175,7 @@ def profile_step(task: dict[str, Any]) -> tuple[list[dict[str, Any]], float]:
     variant = {"auto": "hcsdl_best", "native": "hcsdl_native", "ipex": "hcsdl_ipex"}.get(task["kernels"], "hcsdl_best")
     step = Step(task | {"variant": variant})
     step_s = statistics.median(turn(step, REPEATS - 2, warm=False)["step_s"])
+    step()  # which fetches the memory that a turn gives back
     with (
         held_back_output(),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, acc_events=True) as watched,

@@ -118,6 +118,8 @@ def _be_rank(command: str, config: RanksCommand, identity: Identity, folder: Pat
             keep_freed_memory()
         with affinity_kept():
             importlib.import_module("torch")  # after the allocator and the threads are set
+        if config.machine.allocator == "keep":
+            importlib.import_module("hcsdl.kernels.memory").keep_tensors_in_huge_pages()
         importlib.import_module(f"hcsdl.commands.{file_name(command)}").measure(config, identity, folder)
     except Exception as error:
         code = getattr(error, "exit_code", ExitCode.FAILED)

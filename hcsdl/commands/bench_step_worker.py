@@ -164,12 +164,15 @@ class Product:
 
 def turn(call: Any, steps: int, warm: bool) -> dict[str, Any]:
     """Return the seconds of `steps` calls, after one that is not counted (unless `warm`), and when that was."""
+    from hcsdl.kernels.memory import release_freed_tensors
+
     began = time.monotonic()
     if not warm:
         call()
     seconds = [call() for _ in range(steps)]
     answer = {"step_s": seconds, "began_s": began, "ended_s": time.monotonic()} | peaks(call.device)
     release_freed_memory()
+    release_freed_tensors()
     if call.device.type == "cuda":
         importlib.import_module("torch").cuda.empty_cache()
     return answer
@@ -206,6 +209,8 @@ def main() -> int:
         keep_freed_memory()
     with affinity_kept() if ours else nullcontext():
         importlib.import_module("torch")
+    if ours and task["allocator"] == "keep":
+        importlib.import_module("hcsdl.kernels.memory").keep_tensors_in_huge_pages()
     if task.get("preload") and Path(task["preload"]).name not in Path("/proc/self/maps").read_text():
         print(f"{task['preload']} was not loaded: it must be a shared library for this processor (bench.preload).", file=sys.stderr)
         return 1

@@ -25,6 +25,7 @@ from hcsdl.training.embeddings import WorkFolder
 from hcsdl.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
+KEPT = "freed memory kept"
 TOGETHER = (ExitCode.NON_FINITE_LOSS, ExitCode.STOPPED)  # with these all ranks end alike
 
 
@@ -101,7 +102,7 @@ def _train(identity: Identity, folder: RunFolder, stop: StopFlag) -> None:
     with affinity_kept():
         from hcsdl.commands.run import Run  # torch is first imported here, after the allocator and the threads are set
 
-    run = Run(config, folder, identity, stop, allocator)
+    run = Run(config, folder, identity, stop, _with_tensors(allocator))
     try:
         run.train()
         run.finish(seconds=time.monotonic() - begun)
@@ -118,11 +119,21 @@ def _embed(identity: Identity, folder: WorkFolder, stop: StopFlag) -> None:
     with affinity_kept():
         from hcsdl.commands.embed_fields import embed_fields  # torch is first imported here, as above
 
-    embed_fields(config, folder, identity, stop, allocator)
+    embed_fields(config, folder, identity, stop, _with_tensors(allocator))
 
 
 def _allocator(config: MachineConfig) -> str:
-    return "glibc, freed memory kept" if config.allocator == "keep" and keep_freed_memory() else "system"
+    return KEPT if config.allocator == "keep" and keep_freed_memory() else "system"
+
+
+def _with_tensors(allocator: str) -> str:
+    """Keep large tensors in huge pages where freed memory is kept, now that torch is there; return the two in words."""
+    if allocator != KEPT:
+        return allocator
+    from hcsdl.kernels.memory import keep_tensors_in_huge_pages
+
+    problem = keep_tensors_in_huge_pages()
+    return f"{KEPT}, " + (f"but large tensors not in huge pages, since {problem}" if problem else "large tensors in huge pages")
 
 
 WORK = {"train": (RunFolder, _train), "embed": (WorkFolder, _embed)}

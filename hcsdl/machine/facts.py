@@ -13,7 +13,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-COMPILERS = ("gcc", "cc", "clang")
+COMPILERS = {"C": ("CC", ("gcc", "cc", "clang")), "C++": ("CXX", ("g++", "c++", "clang++"))}
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,10 @@ def load_average() -> float:
     return os.getloadavg()[0]
 
 
-def compiler() -> str | None:
-    """Return the path of the first C compiler on PATH, or of the one CC names."""
-    names = (os.environ["CC"], *COMPILERS) if os.environ.get("CC") else COMPILERS
+def compiler(language: str = "C") -> str | None:
+    """Return the path of the first compiler of C or C++ on PATH, or of the one CC or CXX names."""
+    variable, names = COMPILERS[language]
+    names = (os.environ[variable], *names) if os.environ.get(variable) else names
     return next((path for path in map(shutil.which, names) if path), None)
 
 

@@ -116,7 +116,7 @@ def test_a_compiler_that_cannot_be_found_gives_way_to_the_next(cache: Path, sour
 
 @pytest.mark.parametrize("name", ["auto", "fused"])
 def test_without_a_compiler_one_line_says_so_and_torch_computes(name: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "compiler", lambda: None)
+    monkeypatch.setattr(facts, "compiler", lambda *_: None)
     monkeypatch.setattr(kernels, "ipex_problem", lambda: "IPEX is not installed.")
     found = choose_kernels(name)
     assert found.name == "native"

@@ -1,8 +1,9 @@
-"""C sources → shared libraries, compiled at their first use, for the instruction set at hand.
+"""C and C++ sources → shared libraries, compiled at their first use, for the instruction set at hand.
 
-In: a C file of this package. Out: the loaded library. Promised: compiled in seconds, once for each source, compiler and instruction set, and kept in the
-user's cache folder (`$XDG_CACHE_HOME/hcsdl` or `~/.cache/hcsdl`); ranks that compile at the same time do not harm each other; a damaged or foreign file
-is made anew; where the folder cannot be written or run from, a temporary one serves. OpenMP is the runtime torch has loaded, never a second one.
+In: a C file of this package, or a C++ file that uses torch's own headers. Out: the loaded library. Promised: compiled in seconds, once for each source,
+compiler and instruction set, and kept in the user's cache folder (`$XDG_CACHE_HOME/hcsdl` or `~/.cache/hcsdl`); ranks that compile at the same time do not
+harm each other; a damaged or foreign file is made anew; where the folder cannot be written or run from, a temporary one serves. OpenMP is the runtime torch
+has loaded, never a second one.
 Where nothing can be built, `NoLibrary` says why: callers then run their plain PyTorch twin.
 
 To compile and to link are two steps, so that the compiler adds no OpenMP runtime of its own: the functions it calls are found at loading in torch's.
@@ -21,12 +22,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch  # noqa: F401  torch's OpenMP runtime must have been loaded
+import torch  # whose OpenMP runtime is loaded with it
 
 from hcsdl.machine import facts
 from hcsdl.machine.cores import processor_flags
 
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
+TORCH = Path(torch.__file__).parent
+CPP_FLAGS = ("-std=c++17", "-O2", "-fPIC", f"-I{TORCH / 'include'}", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}")
+CPP_LIBRARIES = (f"-L{TORCH / 'lib'}", "-lc10")
 COMPILE_S = 120.0  # one file takes 1 to 3 s; a guess for a busy node
 DIGEST_BYTES = 32
 
@@ -63,17 +67,21 @@ def instruction_set() -> InstructionSet:
 
 @functools.cache
 def library(source: Path, instructions: InstructionSet | None = None) -> ctypes.CDLL:
-    """Return the library of the C file `source`, for `instructions` (the best of this processor), compiled where the cache does not hold it.
+    """Return the library of the file `source`, compiled where the cache does not hold it: of C for `instructions` (the best of this processor), of
+    C++ for torch's libraries.
 
     Functions take the number of threads as an argument: the caller passes `torch.get_num_threads()`. Raises `NoLibrary`.
     """
-    instructions = instructions or instruction_set()
-    compiler = facts.compiler()
+    language = "C++" if source.suffix == ".cpp" else "C"
+    compiler = facts.compiler(language)
     if compiler is None:
-        raise NoLibrary("there is no C compiler (gcc, or what CC names)")
-    _share_openmp()
-    options = (*FLAGS, *instructions.options)
-    version = _run(compiler, "--version")
+        raise NoLibrary(f"there is no {language} compiler ({'g++, or what CXX' if language == 'C++' else 'gcc, or what CC'} names)")
+    if language == "C":
+        _share_openmp()
+        options = (*FLAGS, *(instructions or instruction_set()).options)
+    else:
+        options = (*CPP_FLAGS, *CPP_LIBRARIES)
+    version = _run(compiler, "--version") + torch.__version__ * (language == "C++")
     key = hashlib.sha256("\0".join((version, *options, source.read_text())).encode()).hexdigest()[:24]
     name = f"{source.stem}-{key}.so"
     try:
@@ -98,7 +106,7 @@ def _share_openmp() -> None:
     loaded = {
         line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if re.search(r"/lib(gomp|iomp5|omp)\b[^/]*$", line)
     }
-    own = str(Path(torch.__file__).parent)
+    own = str(TORCH)
     if not loaded:
         raise NoLibrary("torch has loaded no OpenMP runtime")
     ctypes.CDLL(min(loaded, key=lambda path: (not path.startswith(own), path)), mode=ctypes.RTLD_GLOBAL)
@@ -120,7 +128,7 @@ def _compile(compiler: str, options: tuple[str, ...], source: Path, target: Path
     with tempfile.TemporaryDirectory(prefix="hcsdl-") as scratch:
         compiled, linked = Path(scratch) / "compiled.o", Path(scratch) / "linked.so"
         _run(compiler, *options, "-c", str(source), "-o", str(compiled))
-        _run(compiler, "-shared", str(compiled), "-o", str(linked), "-lm")
+        _run(compiler, "-shared", str(compiled), "-o", str(linked), "-lm", *(option for option in options if option in CPP_LIBRARIES))
         content = linked.read_bytes()
     number, written = tempfile.mkstemp(dir=target.parent, suffix=".part")
     try:
