@@ -1,6 +1,7 @@
 """A network of plain operators → the same network with ours in the places where they are faster.
 
-In: a `ResNet` or an `MCNN`, bare. Out: the same object, whose blocks, columns and poolings run `batch_norm_relu`, `SparseColumn` and `max_pool`.
+In: a `ResNet` or an `MCNN`, bare. Out: the same object, whose blocks, columns, poolings and convolutions run `batch_norm_relu`, `SparseColumn`,
+`max_pool` and `convolution.Conv2d`.
 Promised: parameters and buffers stay the same objects under the same names, so a `state_dict` knows nothing of this; submodules stay those that
 folding for inference looks for; what was replaced is counted and not guessed.
 """
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from hcsdl.kernels import batch_norm, columns, max_pool
+from hcsdl.kernels import batch_norm, columns, convolution, max_pool
 from hcsdl.kernels.batch_norm import batch_norm_relu
 from hcsdl.kernels.native.build import instruction_set
 from hcsdl.models.resnet import ResNet
@@ -23,7 +24,7 @@ def compile_operators() -> str:
     """Compile and load whatever `replace_operators` puts into a network; return the name of the instruction set. Raises `NoLibrary`."""
     name = instruction_set().name
     with ThreadPoolExecutor() as pool:  # each compiler is a process of its own
-        for making in [pool.submit(module.operators) for module in (batch_norm, columns, max_pool)]:
+        for making in [pool.submit(module.operators) for module in (batch_norm, columns, convolution, max_pool)]:
             making.result()
     return name
 
@@ -35,11 +36,14 @@ def replace_operators(model: nn.Module) -> Counter[str]:
             module.__class__ = _FUSED[type(module)]  # only `forward` or `stem` differs: nothing to build or to copy
     columns.replace_columns(model)
     max_pool.replace_max_pools(model)
+    convolution.replace_convolutions(
+        [part for module in model.modules() for part in module.children() if not isinstance(module, columns.SparseColumn)]
+    )
     return replaced(model)
 
 
 def replaced(model: nn.Module) -> Counter[str]:
-    """Return how many of our operators of each kind a step of `model` runs: `batch norms`, `sparse columns`, `max-pools`."""
+    """Return how many of our operators of each kind a step of `model` runs: `batch norms`, `sparse columns`, `max-pools`, `convolutions`."""
     found: Counter[str] = Counter()
     for module in model.modules():
         if isinstance(module, tuple(_FUSED.values())):
@@ -47,6 +51,7 @@ def replaced(model: nn.Module) -> Counter[str]:
             found["batch norms"] += sum(isinstance(part, nn.BatchNorm2d) for part in parts)
         found["sparse columns"] += isinstance(module, columns.SparseColumn)
         found["max-pools"] += isinstance(module, max_pool.MaxPool2d)
+        found["convolutions"] += isinstance(module, convolution.Conv2d)
     return +found
 
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
 from hcsdl.config import ConfigError, DataError
 
@@ -58,7 +58,10 @@ def recomputed(module: nn.Module, images: Tensor, *, selective: bool) -> Tensor:
 
     if not torch.is_grad_enabled():
         return module(images)
-    return checkpoint(module, images, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    with set_checkpoint_early_stop(
+        False
+    ):  # it ends the second pass by an exception, which with our own operators keeps that pass's tensors alive
+        return checkpoint(module, images, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 def _worth_keeping(_context: object, operator: object, *inputs: object, **_: object) -> CheckpointPolicy:

@@ -13,7 +13,7 @@ from torch import nn
 
 from hcsdl.config import ModelConfig, TrainingConfig
 from hcsdl.distributed.group import Group
-from hcsdl.kernels import Kernels
+from hcsdl.kernels import Kernels, convolution
 from hcsdl.kernels.inference import for_inference
 from hcsdl.kernels.replacement import replace_operators, replaced
 from hcsdl.models import build_model
@@ -21,8 +21,10 @@ from hcsdl.training.optimizers import build_optimizer
 from tests import runs
 from tests.distributed.ranks import on_ranks
 
-NETWORKS = {"resnet18": {"batch norms": 20, "max-pools": 1}, "resnet34": {"batch norms": 36, "max-pools": 1},
+PLAIN_NETWORKS = {"resnet18": {"batch norms": 20, "max-pools": 1}, "resnet34": {"batch norms": 36, "max-pools": 1},
             "resnet50": {"batch norms": 53, "max-pools": 1}, "mcnn": {"sparse columns": 2, "max-pools": 8}}  # fmt: skip
+CONVOLUTIONS = {"resnet18": 7, "resnet34": 17, "resnet50": 9, "mcnn": 10}  # of the small networks here: those with enough products a value
+NETWORKS = {name: parts | ({"convolutions": CONVOLUTIONS[name]} if convolution.usable() else {}) for name, parts in PLAIN_NETWORKS.items()}
 FUSED = {precision: Kernels("fused", precision, "asked for") for precision in ("fp32", "bf16")}
 
 
@@ -124,7 +126,8 @@ def test_two_ranks_average_to_the_gradients_of_one() -> None:
 
 def test_a_training_uses_our_operators_by_default_and_says_so(tiny_plates: Path, tmp_path: Path) -> None:
     done = runs.train(tiny_plates, tmp_path / "run", "distributed.ranks=2", "training.epochs=1", "model.width=0.25")
-    assert "kernels fused, " in done.stderr and "; 20 batch norms; 1 max-pools)" in done.stderr
+    assert "kernels fused, " in done.stderr and "; 20 batch norms; " in done.stderr and "; 1 max-pools" in done.stderr
+    assert "allocator: freed memory kept, large tensors in huge pages; " in done.stderr
     assert runs.summary(tmp_path / "run")["kernels"] == "fused"
     assert runs.journal(tmp_path / "run")[0]["replaced"] == NETWORKS["resnet18"]
     assert set(load_file(tmp_path / "run" / "model.safetensors")) == set(torchvision.models.resnet18().state_dict())
