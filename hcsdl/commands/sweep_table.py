@@ -31,11 +31,16 @@ def write_sweep(folder: Path, jobs: list[list[str]], slurm_job: str = "") -> Non
 
 
 def read_sweep(folder: Path) -> dict:
-    """Return what `write_sweep` wrote. Raises ConfigError where there is none."""
+    """Return what `write_sweep` wrote. Raises ConfigError where there is none, or something else."""
     try:
-        return json.loads((folder / SWEEP).read_text(encoding="utf-8"))
+        sweep = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"folder must be a sweep's, with a {SWEEP} in it. {folder} has none.") from error
+    except ValueError as error:
+        raise ConfigError(f"{SWEEP} must be what a sweep wrote. {folder / SWEEP} is no JSON ({error}); name another folder.") from error
+    if not isinstance(sweep, dict) or not {"slurm_job", "jobs"} <= set(sweep):
+        raise ConfigError(f"{SWEEP} must be what a sweep wrote. {folder / SWEEP} lists no jobs; name another folder.")
+    return sweep
 
 
 @dataclass(frozen=True)
@@ -87,4 +92,8 @@ def print_table(folder: Path) -> int:
 
 
 def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Return a JSON file's content, nothing where there is none or it was damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
