@@ -19,15 +19,20 @@ SWEEP, JOB = "sweep.json", "job.json"
 
 
 def write_sweep(folder: Path, jobs: list[list[str]], slurm_job: str = "") -> None:
-    """Write down a sweep's combinations. Raises ConfigError where the folder holds another sweep."""
+    """Write down a sweep's combinations. Raises ConfigError where the folder holds another sweep, or cannot be written."""
     words = [[word for word in job if not word.startswith(("hydra.", "hydra/"))] for job in jobs]
     before = read_sweep(folder)["jobs"] if (folder / SWEEP).exists() else words
     if before != words:
         raise ConfigError(
             f"a sweep goes on with its own combinations. {folder} holds another sweep of {len(before)}; name another hydra.sweep.dir."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / SWEEP, {"schema_version": SCHEMA_VERSION, "slurm_job": slurm_job, "jobs": words})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SWEEP, {"schema_version": SCHEMA_VERSION, "slurm_job": slurm_job, "jobs": words})
+    except OSError as error:
+        raise ConfigError(
+            f"a sweep's folder must be writable. {error.strerror}: {error.filename}; name another hydra.sweep.dir."
+        ) from error
 
 
 def read_sweep(folder: Path) -> dict:

@@ -18,7 +18,7 @@ from hcsdl.config import ConfigError
 FIRST_PORT, PORTS = 15000, 10000  # below what Linux (from 32768) and others give to outgoing connections; a guess that nobody listens there
 
 
-def whole_number(env: Mapping[str, str], name: str, high: int = 2**31) -> int:
+def whole_number(env: Mapping[str, str], name: str, high: int = 2**31 - 1) -> int:
     """Return an environment variable's number. Raises ConfigError where it is none from 0 to `high`."""
     if not env[name].isdecimal() or int(env[name]) > high:
         raise ConfigError(f"{name} must be a whole number from 0 to {high}. Got {env[name]!r} in the environment instead.")
