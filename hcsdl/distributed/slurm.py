@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 # Why a job waits for a person, as `squeue -o %r` writes it; besides these, what a single job may not be (AssocMax…PerJobLimit), and jobs on hold.
 HOPELESS = re.compile(
-    r"held|DependencyNeverSatisfied|PartitionTimeLimit|BadConstraints|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed|PerJob",
+    r"held|DependencyNeverSatisfied|Partition(Node|Time)Limit|PartitionConfig|ReservationDeleted|BadConstraints|QOSMin|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed|PerJob",
     re.IGNORECASE,
 )
 # Slurm's states of a job that has not ended, as `squeue -o %T` writes them.

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from hcsdl.distributed import heartbeat
 from hcsdl.distributed.heartbeat import take_leave, watch
 from tests.forked import processes
 
-SILENCE_S = 5.0  # ranks that wait for their turn on a busy core must not be taken for lost
+SILENCE_S = 4.0  # ranks that wait for their turn on a busy core must not be taken for lost
 STALL_S = 2.0
 HOST = os.uname().nodename
 
@@ -33,6 +34,7 @@ def serve(line: Connection) -> None:
 
 def live(line: Connection, rank: int, world_size: int, port: int, log: Path) -> None:
     """Be a rank: beat, obey what comes over `line`, and send every sentence about a loss."""
+    heartbeat.EVIDENCE_S, heartbeat.LEAVE_S = 2.0, 1.0
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     store = dist.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False, timeout=timedelta(seconds=60))
     heart, step = watch(store, rank, world_size, SILENCE_S, STALL_S), ExitStack()

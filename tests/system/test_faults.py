@@ -25,7 +25,7 @@ from hcsdl.commands.train import open_run_folder, prepare_run
 from hcsdl.distributed.launcher import Forwarder, supervise
 from hcsdl.training.checkpoint import list_checkpoints, load_newest
 from hcsdl.training.run_folder import RunFolder
-from tests import runs
+from tests import forked, runs
 from tests.forked import Forked, kill_what_is_left, start_ranks, start_ranks_on
 from tests.namespaces import Host, two_hosts
 
@@ -230,7 +230,7 @@ def test_ten_random_kills_over_one_training_leave_the_undisturbed_weights(tiny_p
 
 def test_the_own_launcher_starts_the_ranks_again(tiny_plates: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = runs.start(*words(tiny_plates, folder, BEST, LONG), "distributed.ranks=2", "distributed.max_restarts=1")
+    process = forked.start(*words(tiny_plates, folder, BEST, LONG), "distributed.ranks=2", "distributed.max_restarts=1")
     runs.wait_for_step(process, folder, 3)
     first = runs.children(process)
     os.kill(first[1], signal.SIGKILL)
