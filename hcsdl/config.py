@@ -250,6 +250,13 @@ class DistributedConfig(Checked):
     gradient_dtype: str = option("fp32", "what gradients are sent as; bf16: half the bytes, rounded", choices=("fp32", "bf16"))
     timeout_s: float = option(600.0, "a collective or rendezvous that takes longer means a lost rank", unit="s", above=0, high=1e6)
     silence_s: float = option(30.0, "a rank not heard of for so long is lost", unit="s", low=1, high=1e6)
+    stall_s: float = option(
+        45.0,
+        "a rank that stays behind the others inside a step for so long is lost, or for two recent steps if longer",
+        unit="s",
+        low=1,
+        high=1e6,
+    )
     max_restarts: int = option(0, "times the ranks are started again after one was lost, from the last checkpoint", low=0)
 
 

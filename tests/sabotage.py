@@ -176,6 +176,11 @@ FAULTS = [
         "tests/distributed/test_heartbeat.py::test_a_rank_that_was_itself_suspended_accuses_nobody", error="BrokenPipeError",
     ),
     Fault(
+        "who waits for a stuck rank is taken for stuck, too", "hcsdl/distributed/heartbeat.py",
+        "for rank, peer in self._peers.items() if peer.notes == fewest}", "for rank, peer in self._peers.items() if peer.notes < self._note[0]}",
+        "tests/distributed/test_heartbeat.py::test_a_rank_that_beats_but_stays_behind_is_stuck_inside_a_step_only",
+    ),
+    Fault(
         "cores kept aside are computed on", "hcsdl/machine/placement.py",
         "split = max(0, len(cores) - config.spare_cores)", "split = len(cores)",
         "tests/machine/test_placement.py::test_spare_cores_are_the_last_of_each_node",

@@ -125,7 +125,7 @@ class Cluster:
         self._start("slurmd", "-D", "-f", self.base / "slurm.conf", "-N", name, key=name)
 
     def kill_node(self, name: str) -> None:
-        """Let a node disappear: its slurmd and everything it runs are killed at once."""
+        """Let a node disappear: its slurmd and everything it runs are killed at once, and the controller is told what it would find out in half a minute."""
         self.daemons[name].kill()
         self.daemons.pop(name).wait()
         for pid in node_processes(name, self.base):
@@ -133,6 +133,7 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+        self.ask("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=gone")
 
     def ask(self, *words: object) -> str:
         """Return what a Slurm command prints, also where it complains."""

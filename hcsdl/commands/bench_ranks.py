@@ -74,8 +74,7 @@ def _agreed_folder(command: str, config: RanksCommand, output: str | None, ident
 
     asked = values(config) | {f"the version of {name}": text for name, text in versions().items()}
     with Forwarder():  # which has nobody to pass a signal on to: it raises Stop
-        wait = config.distributed.timeout_s, config.distributed.silence_s
-        return Path(hand_out(identity, asked, lambda: str(open_folder(command, config, output).absolute()), *wait))
+        return Path(hand_out(identity, asked, lambda: str(open_folder(command, config, output).absolute()), config.distributed))
 
 
 def _check_ranks(command: str, ranks: int, least: int) -> None:

@@ -110,7 +110,7 @@ def _run_as_rank(job: Job, identity: Identity) -> int:
     asked = values(config) | {f"the version of {name}": text for name, text in versions().items()}
     try:
         with Forwarder():  # which has nobody to pass a signal on to: it raises Stop
-            told = json.loads(hand_out(identity, asked, compose_once, config.distributed.timeout_s, config.distributed.silence_s))
+            told = json.loads(hand_out(identity, asked, compose_once, config.distributed))
     except Stop as signal:
         raise Stop(f"stopped by {signal} before the first step: start the same command again.") from signal
     return ExitCode.DONE if told.get("finished") else run_rank(Path(told["folder"]), identity, job.command)

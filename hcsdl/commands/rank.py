@@ -6,6 +6,7 @@ embedding its table, by rank 0.
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import signal
@@ -32,6 +33,7 @@ TOGETHER = (ExitCode.NON_FINITE_LOSS, ExitCode.STOPPED)  # with these all ranks 
 def main() -> int:
     """Be one rank, started by the launcher with the folder and the command as arguments."""
     forgive_standard_streams()
+    faulthandler.enable(os.dup(2))  # whatever becomes of that: where native code crashed is said
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     return run_rank(Path(sys.argv[1]), who_am_i(), *sys.argv[2:])
 

@@ -146,7 +146,10 @@ def submit(jobs: list[list[str]], folder: Path, overrides: list[str]) -> int:
 
     folder = folder.resolve()
     fields = launcher_fields(overrides)
-    executor = submitit.AutoExecutor(folder=folder / ".submitit" / "%j", cluster="slurm")
+    try:
+        executor = submitit.AutoExecutor(folder=folder / ".submitit" / "%j", cluster="slurm")
+    except RuntimeError as error:
+        raise ConfigError(f"hydra/launcher={SUBMITIT} must be used where there is sbatch. {error}") from error
     delay, extra = fields.pop("signal_delay_s"), fields.pop("additional_parameters") or {}
     executor.update_parameters(name=fields.pop("name", "hcsdl-sweep"))
     executor.update_parameters(
@@ -154,7 +157,12 @@ def submit(jobs: list[list[str]], folder: Path, overrides: list[str]) -> int:
         slurm_additional_parameters={"signal": f"B:USR1@{delay}", "requeue": True} | extra,
         slurm_use_srun=False,  # the job's process starts the ranks over srun itself
     )
-    submitted = executor.map_array(partial(run_combination, folder), range(len(jobs)), jobs)
+    try:
+        submitted = executor.map_array(partial(run_combination, folder), range(len(jobs)), jobs)
+    except submitit.core.utils.FailedJobError as error:
+        raise ConfigError(
+            f"sbatch must take the jobs with hydra.launcher as it is set. It said: {'; '.join(str(error).split(chr(10)))}"
+        ) from error
     number = submitted[0].job_id.partition("_")[0]
     write_sweep(folder, jobs, number)
     log.info("%d runs submitted as job %s; their output is in %s", len(jobs), number, folder / ".submitit")

@@ -19,23 +19,33 @@ SWEEP, JOB = "sweep.json", "job.json"
 
 
 def write_sweep(folder: Path, jobs: list[list[str]], slurm_job: str = "") -> None:
-    """Write down a sweep's combinations. Raises ConfigError where the folder holds another sweep."""
+    """Write down a sweep's combinations. Raises ConfigError where the folder holds another sweep, or cannot be written."""
     words = [[word for word in job if not word.startswith(("hydra.", "hydra/"))] for job in jobs]
     before = read_sweep(folder)["jobs"] if (folder / SWEEP).exists() else words
     if before != words:
         raise ConfigError(
             f"a sweep goes on with its own combinations. {folder} holds another sweep of {len(before)}; name another hydra.sweep.dir."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / SWEEP, {"schema_version": SCHEMA_VERSION, "slurm_job": slurm_job, "jobs": words})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SWEEP, {"schema_version": SCHEMA_VERSION, "slurm_job": slurm_job, "jobs": words})
+    except OSError as error:
+        raise ConfigError(
+            f"a sweep's folder must be writable. {error.strerror}: {error.filename}; name another hydra.sweep.dir."
+        ) from error
 
 
 def read_sweep(folder: Path) -> dict:
-    """Return what `write_sweep` wrote. Raises ConfigError where there is none."""
+    """Return what `write_sweep` wrote. Raises ConfigError where there is none, or something else."""
     try:
-        return json.loads((folder / SWEEP).read_text(encoding="utf-8"))
+        sweep = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"folder must be a sweep's, with a {SWEEP} in it. {folder} has none.") from error
+    except ValueError as error:
+        raise ConfigError(f"{SWEEP} must be what a sweep wrote. {folder / SWEEP} is no JSON ({error}); name another folder.") from error
+    if not isinstance(sweep, dict) or not {"slurm_job", "jobs"} <= set(sweep):
+        raise ConfigError(f"{SWEEP} must be what a sweep wrote. {folder / SWEEP} lists no jobs; name another folder.")
+    return sweep
 
 
 @dataclass(frozen=True)
@@ -87,4 +97,8 @@ def print_table(folder: Path) -> int:
 
 
 def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Return a JSON file's content, nothing where there is none or it was damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 MAY_CHANGE = {
     "run_dir", "name", "machine.threads_per_rank", "machine.allocator", "plates.root", "plates.cache", "data.workers", "data.prefetch",
     "model.checkpoint_activations", "distributed.backend", "distributed.ranks", "distributed.interface", "distributed.bucket_mib",
-    "distributed.timeout_s", "distributed.silence_s", "distributed.max_restarts", "machine.pin", "machine.spare_cores", "data.stage",
+    "distributed.timeout_s", "distributed.silence_s", "distributed.stall_s", "distributed.max_restarts", "machine.pin", "machine.spare_cores", "data.stage",
     "training.strict_budget", "training.resume",
     "training.max_steps", "training.checkpoint_every_s", "training.checkpoint_every_steps", "training.keep_checkpoints",
     "training.journal_every_s", "training.metric",

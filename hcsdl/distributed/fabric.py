@@ -1,11 +1,13 @@
 """Which libfabric providers work on this host: what oneCCL would send over. No torch.
 
-In: oneCCL's folder. Out: names such as `psm3`, `verbs;ofi_rxm`, `tcp`, in libfabric's own order of preference.
+In: oneCCL's folder. Out: names such as `psm3`, `verbs;ofi_rxm`, `tcp`, in libfabric's own order of preference, of those that FI_PROVIDER allows.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
+import functools
 import json
 import os
 import subprocess
@@ -51,10 +53,24 @@ def providers(folder: Path) -> list[str]:
     return json.loads(said.stdout.splitlines()[-1])
 
 
+@functools.cache
+def refusal(folder: Path) -> str:
+    """Return a sentence where FI_PROVIDER, which clusters' modules set, allows no provider that works here: oneCCL would crash. Else empty."""
+    asked = os.environ.get("FI_PROVIDER")
+    try:
+        if not asked or providers(folder):
+            return ""
+    except OSError as error:
+        return f"libfabric must start. {error}; reinstall oneccl and impi-rt."
+    return f"FI_PROVIDER must name a provider of libfabric that works here. None of {asked!r} does with {folder}: unset it, or set FI_PROVIDER=tcp."
+
+
 def _ask(folder: Path) -> list[str]:
     library = ctypes.CDLL(str(next(iter(sorted(folder.glob("libfabric.so*"), key=lambda p: -len(p.name))))), mode=ctypes.RTLD_GLOBAL)
     found = ctypes.POINTER(_Info)()
     code = library.fi_getinfo(ctypes.c_uint32(VERSION), None, None, ctypes.c_uint64(0), None, ctypes.byref(found))
+    if code == -errno.ENODATA:
+        return []
     if code:
         library.fi_strerror.restype = ctypes.c_char_p
         raise OSError(library.fi_strerror(-code).decode())

@@ -10,6 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -70,7 +71,7 @@ class Group:
             wait = timedelta(seconds=config.timeout_s)
             self._store = self.guard("rendezvous", lambda: shared_store(config.timeout_s))
             store = dist.PrefixStore("group", self._store)
-            self._heart = self.guard("heartbeat", lambda: watch(store, self.rank, self.world_size, config.silence_s))
+            self._heart = self.guard("heartbeat", lambda: watch(store, self.rank, self.world_size, config.silence_s, config.stall_s))
             name = "cpu:gloo,cuda:nccl" if self.backend == "nccl" else self.backend
             with held_back_output():
                 self.guard(
@@ -107,6 +108,10 @@ class Group:
             why = self._heart.blame() if self._heart else ""
             why = why or f"another rank is lost or stuck. {first}"
             raise LostRank(f"rank {self.rank} of {self.world_size}: {what} #{self._begun} failed: {why}") from error
+
+    def in_step(self) -> AbstractContextManager:
+        """Return a context in which no rank works while the others wait: who falls behind for `distributed.stall_s` there is lost."""
+        return self._heart.in_step() if self._heart else nullcontext()
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` (any shape, dtype) over the ranks, in place; return it."""

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from hcsdl.config import ConfigError, ExitCode
+from hcsdl.config import ConfigError, DistributedConfig, ExitCode
 from hcsdl.distributed.heartbeat import LostRank, watch
 from hcsdl.distributed.identity import Identity
+from hcsdl.machine.process import held_back_output
 
-PREPARING = timedelta(days=2)  # rank 0 may have many plates to look at first
+PREPARING_S = 2 * 24 * 3600.0  # rank 0 may have many plates to look at first
+LISTEN_S = 1.0  # a signal is heard within
+ANSWER_S = 2.0  # what torch may take beyond its own time-out; a guess
 HEARD_S = 10.0  # what ranks that wait for an answer have to read it; a guess
 # What tells one start from another: two clusters may give a host's port to one job each, and torchrun's store outlives the ranks.
 START = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
@@ -32,27 +36,59 @@ def shared_store(timeout_s: float) -> dist.Store:
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agents, wait = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True", timedelta(seconds=timeout_s)
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        holds = rank == 0 and not agents
-        store = dist.TCPStore(host, port, world_size, holds, wait, wait_for_workers=False, multi_tenant=True)
+        with held_back_output(but=dist.DistError):  # torch tells each try, and where in its code it gave up
+            store = _connected(host, port, rank == 0 and not agents, timeout_s)
     except dist.DistError as error:
         first = str(error).splitlines()[0]
         if "EADDRINUSE" in first:
             raise LostRank(f"rank 0 must open port {port} for the others to meet at. Another program has taken it; start again.") from error
         raise LostRank(
-            f"rank {rank} of {world_size} must reach rank 0 at {host}:{port} within {timeout_s:g} s. It could not: {first}"
+            f"rank {rank} of {world_size} must reach rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT) within {timeout_s:g} s. It could not: {first}"
         ) from error
     store = dist.PrefixStore(" ".join(["start", *(os.environ.get(name, "0") for name in START)]), store)
     keys = [f"hcsdl/here/{other}" for other in range(world_size)]
     try:
         store.set(keys[rank], "")
-        store.wait(keys, wait)
+        _wait(store, keys, timeout_s)
     except dist.DistError as error:
         raise LostRank(
             f"rank {rank} of {world_size}: all ranks must come within {timeout_s:g} s. {_who_is_missing(store, keys)}"
         ) from error
     return store
+
+
+def _connected(host: str, port: int, holds: bool, timeout_s: float) -> dist.Store:
+    """Return the store at an address. Raises DistError, also where something listens there that is no store: torch would wait for its words for ever."""
+    found: list[dist.Store | Exception] = []
+
+    def connect() -> None:
+        try:
+            found.append(dist.TCPStore(host, port, None, holds, timedelta(seconds=timeout_s), wait_for_workers=False, multi_tenant=True))
+        except dist.DistError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True, name="hcsdl-rendezvous")
+    thread.start()
+    thread.join(timeout_s + ANSWER_S)
+    if not found:
+        raise dist.DistNetworkError("what listens there does not answer as a rendezvous store does; it may be another program.")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def _wait(store: dist.Store, keys: Sequence[str], timeout_s: float) -> None:
+    """Wait until all `keys` are there, in pieces: a signal is heard between them only. Raises DistError."""
+    limit = time.monotonic() + timeout_s
+    while True:
+        left_s = limit - time.monotonic()
+        try:
+            return store.wait(keys, timedelta(seconds=max(0.001, min(LISTEN_S, left_s))))
+        except dist.DistStoreError:  # not yet
+            if left_s <= LISTEN_S:
+                raise
 
 
 def _who_is_missing(store: dist.Store, keys: Sequence[str]) -> str:
@@ -64,7 +100,7 @@ def _who_is_missing(store: dist.Store, keys: Sequence[str]) -> str:
     return f"Rank {', '.join(missing[:8])}{more} did not: its log, or its launcher's, says why."
 
 
-def hand_out(identity: Identity, asked: Mapping[str, object], make: Callable[[], str], timeout_s: float, silence_s: float) -> str:
+def hand_out(identity: Identity, asked: Mapping[str, object], make: Callable[[], str], config: DistributedConfig) -> str:
     """Return `make()`'s text on every rank; rank 0 alone calls it.
 
     Parameters
@@ -72,8 +108,7 @@ def hand_out(identity: Identity, asked: Mapping[str, object], make: Callable[[],
     identity : who this rank is.
     asked : this rank's settings and versions by name, plain values; they must be equal on all ranks.
     make : prepares the run.
-    timeout_s : how long the ranks wait for each other; not for `make`.
-    silence_s : a rank not heard of for so long is lost, from here on: rank 0 may vanish while the others wait for `make`.
+    config : how long the ranks wait for each other, though not for `make`, and when one is lost: rank 0 may vanish while the others wait.
 
     Raises
     ------
@@ -81,18 +116,19 @@ def hand_out(identity: Identity, asked: Mapping[str, object], make: Callable[[],
     LostRank : where a rank does not come, or rank 0 goes away.
     SystemExit : on the other ranks, with the exit code of what `make` raises on rank 0, where it is raised itself.
     """
+    timeout_s = config.timeout_s
     try:
         store = shared_store(timeout_s)
         _kept.append(store)
-        watch(store, identity.rank, identity.world_size, silence_s)
+        watch(store, identity.rank, identity.world_size, config.silence_s, config.stall_s)
         store.set(f"hcsdl/asked/{identity.rank}", json.dumps({"host": identity.host, "asked": dict(asked)}))
         if identity.rank == 0:
             keys = [f"hcsdl/asked/{rank}" for rank in range(identity.world_size)]
-            store.wait(keys, timedelta(seconds=timeout_s))
+            _wait(store, keys, timeout_s)
             difference = compare([json.loads(store.get(key)) for key in keys])
             store.set("hcsdl/difference", difference)
         else:
-            store.wait(["hcsdl/difference"], timedelta(seconds=2 * timeout_s))
+            _wait(store, ["hcsdl/difference"], 2 * timeout_s)
             difference = store.get("hcsdl/difference").decode()
     except dist.DistError as error:
         raise LostRank(
@@ -118,7 +154,7 @@ def hand_out(identity: Identity, asked: Mapping[str, object], make: Callable[[],
 
 def _receive(store: dist.Store, identity: Identity) -> str:
     try:
-        store.wait(["hcsdl/text"], PREPARING)
+        _wait(store, ["hcsdl/text"], PREPARING_S)
         text = store.get("hcsdl/text").decode()
     except dist.DistError as error:
         raise LostRank(f"{identity}: rank 0 went away while it prepared the run. {str(error).splitlines()[0]}") from error

@@ -6,6 +6,11 @@ leaves in trouble; rank 0 (rather, the store beside it) when the store does not 
 before. All clocks are this process's own, and time in which it was itself suspended does not count. Whoever finds a loss tells it to the ranks that
 can still be reached, so that all say the same. No promise is made about ranks that were never heard: meeting at the start has a time-out of its own.
 
+A rank that beats may hang all the same. Its beat says how many collectives it has begun, and whether it is inside a step, where ranks keep pace
+(`in_step`). Inside one, the rank that has begun the fewest is stuck when another has been ahead of it for `stall_s`, or for twice as long as any
+step's part took lately, if that is longer. Elsewhere one rank may work while the others wait (saving, scoring, reading plates), so there a rank that
+hangs is found by the collective's own time-out; so is one that hangs where all have begun the same collective.
+
 A main thread that hears of the loss raises `LostRank` from its collective. Where it cannot (oneCCL's calls cannot be aborted, gloo waits for a
 stalled peer until its time-out) the watching thread ends the process with code 5.
 """
@@ -20,7 +25,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +41,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 EVIDENCE_S = 3.0  # silence that convicts once a collective has failed or the store has closed its connection; a guess, above one beat
+LATELY = 64  # collectives, which are the parts of some steps; a guess
 LEAVE_S = 3.0  # what the main thread has for raising LostRank after a loss was found; a guess
 RANKS_READ_A_SECOND = 64  # a read of 256 beats takes 0.8 – 1.8 ms, measured here: with 256 ranks the store is then busy for a few percent
 HERE, DONE, TROUBLE, LOST = "here", "done", "trouble", "lost"
@@ -47,7 +55,7 @@ class LostRank(RuntimeError):
 
 @dataclass
 class Peer:
-    """Another rank as last heard; `silent_s` counts since its beat last changed."""
+    """Another rank as last heard; `silent_s` counts since its beat last changed, `behind_s` since it has been in a step, at the same note, and behind us."""
 
     beat: int = -1
     host: str = "an unknown host"
@@ -55,7 +63,9 @@ class Peer:
     note: str = ""
     state: str = HERE
     said: str = ""
+    in_step: bool = False
     silent_s: float = 0.0
+    behind_s: float = 0.0
 
     def described(self, rank: int) -> str:
         """Return rank, host and last collective."""
@@ -65,8 +75,8 @@ class Peer:
 class Heartbeat:
     """This rank's beat and its view of the others; made by `watch`."""
 
-    def __init__(self, store: Store, rank: int, world_size: int, silence_s: float) -> None:
-        self.rank, self.world_size, self.silence_s = rank, world_size, silence_s
+    def __init__(self, store: Store, rank: int, world_size: int, silence_s: float, stall_s: float) -> None:
+        self.rank, self.world_size, self.silence_s, self.stall_s = rank, world_size, silence_s, stall_s
         self.verdict = ""  # who is lost, once that is known
         self._client = store.clone()
         self._beat_s = min(BEAT_S, silence_s / 6)
@@ -74,6 +84,7 @@ class Heartbeat:
         self._host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # as an Identity's
         self._beat, self._state, self._said = 0, HERE, ""
         self._note, self._numbers = (0, ""), itertools.count(1)
+        self._in_step, self._noted, self._parts_s = False, 0.0, deque([0.0], maxlen=LATELY)
         self._peers: dict[int, Peer] = {}
         self._callbacks: list[Callable[[str], None]] = []
         self._suspicious = self._closed = self._told = False
@@ -90,6 +101,18 @@ class Heartbeat:
     def note(self, text: str) -> None:
         """Say which collective this rank begins now; it goes out with the next beat. All ranks give the same notes in the same order."""
         self._note = next(self._numbers), text
+        if self._in_step:
+            self._parts_s.append(time.monotonic() - self._noted)
+            self._noted = time.monotonic()
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Inside the context all ranks keep pace: one that falls behind the others for `stall_s` is stuck."""
+        self._in_step, self._noted = True, time.monotonic()
+        try:
+            yield
+        finally:
+            self._in_step = False
 
     def on_lost(self, callback: Callable[[str], None]) -> None:
         """Call `callback(sentence)` once, from the watching thread, when a rank is lost; at once, from this one, where that was told already."""
@@ -155,7 +178,7 @@ class Heartbeat:
 
     def _publish(self) -> None:
         self._beat += 1
-        self._client.set(_key(self.rank), json.dumps([self._beat, self._host, *self._note, self._state, self._said]))
+        self._client.set(_key(self.rank), json.dumps([self._beat, self._host, *self._note, self._state, self._said, self._in_step]))
 
     def _read(self) -> None:
         others = [rank for rank in range(self.world_size) if rank != self.rank]
@@ -165,6 +188,10 @@ class Heartbeat:
         heard = {rank: Peer(*json.loads(value)) for rank, value in zip(others, values[:-1], strict=True)}
         with self._lock:
             self._unanswered_s = 0.0
+            for rank, peer in heard.items():
+                before = self._peers.get(rank, peer)
+                if peer.in_step and before.notes == peer.notes < self._note[0]:
+                    peer.behind_s = before.behind_s
             unchanged = {rank: peer for rank, peer in self._peers.items() if rank in heard and heard[rank].beat == peer.beat}
             self._peers = heard | unchanged
 
@@ -214,6 +241,7 @@ class Heartbeat:
                 return ""  # nothing new can be known of the others
             for rank, peer in sorted(self._peers.items()):
                 peer.silent_s += passed_s
+                peer.behind_s += passed_s
                 if peer.state == LOST:
                     return peer.said
                 if peer.state == TROUBLE:
@@ -221,10 +249,24 @@ class Heartbeat:
             silent = {rank: peer.silent_s for rank, peer in self._peers.items() if peer.state == HERE}
             longest_s = max(silent.values(), default=0.0)
             if longest_s < limit_s:
-                return ""
+                return self._stuck()
             # Who died together falls silent within a beat or two of each other.
             gone = sorted(rank for rank, silent_s in silent.items() if silent_s >= max(limit_s - 3 * self._read_s, limit_s / 2))
             return f"{self._named(gone)} {'is' if len(gone) == 1 else 'are'} lost: not heard of for {longest_s:.0f} s."
+
+    def _stuck(self) -> str:
+        """Return a sentence on who has stopped inside a step while this rank went on, "" where nobody has."""
+        fewest = min((peer.notes for peer in self._peers.values()), default=0)
+        last = {rank: peer for rank, peer in self._peers.items() if peer.notes == fewest}
+        if fewest >= self._note[0] or len(self._peers) < self.world_size - 1 or not all(peer.in_step for peer in last.values()):
+            return ""
+        limit_s = max(self.stall_s, 2 * max(self._parts_s))
+        stuck = sorted(rank for rank, peer in last.items() if peer.state == HERE and peer.behind_s >= limit_s)
+        if not stuck:
+            return ""
+        waited_s = max(last[rank].behind_s for rank in stuck)
+        they = "is stuck: it beats, but has" if len(stuck) == 1 else "are stuck: they beat, but have"
+        return f"{self._named(stuck)} {they} not come to {self._note[1]} for {waited_s:.0f} s."
 
     def _named(self, ranks: Sequence[int]) -> str:
         more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
@@ -247,7 +289,7 @@ def _key(rank: int) -> str:
 _running: Heartbeat | None = None
 
 
-def watch(store: Store, rank: int, world_size: int, silence_s: float = 30.0) -> Heartbeat:
+def watch(store: Store, rank: int, world_size: int, silence_s: float = 30.0, stall_s: float = 45.0) -> Heartbeat:
     """Return this process's running heartbeat; the first call starts it, later ones return the same.
 
     Parameters
@@ -256,10 +298,12 @@ def watch(store: Store, rank: int, world_size: int, silence_s: float = 30.0) -> 
         One that all ranks share; a connection of the heartbeat's own is opened beside it (`Store.clone`).
     silence_s : float
         A rank not heard of for so long is lost.
+    stall_s : float
+        A rank that stays behind the others inside a step for so long is stuck, and lost.
     """
     global _running
     if _running is None or _running._ended.is_set():
-        _running = Heartbeat(store, rank, world_size, silence_s)
+        _running = Heartbeat(store, rank, world_size, silence_s, stall_s)
         atexit.register(_running.stop)
     return _running
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hcsdl.config import ConfigError
-from hcsdl.distributed.rendezvous import first_host, numbered_port
+from hcsdl.distributed.rendezvous import first_host, numbered_port, whole_number
 
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAST_PORT = 65535
 OWN_LAUNCHER = "HCSDL_LAUNCHER_PID"
 OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
 HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")  # MPICH, Intel MPI
@@ -66,10 +67,12 @@ def _from_torch(env: Mapping[str, str]) -> Identity:
     launcher = "own" if OWN_LAUNCHER in env else "torchrun"
     missing = [name for name in NEEDED if not env.get(name)]
     if missing:
-        raise ConfigError(f"a rank needs {', '.join(NEEDED)} in its environment. {', '.join(missing)} is missing; torchrun sets them all.")
-    rank, size, local = (_number(env, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    local_size = _number(env, "LOCAL_WORLD_SIZE") if env.get("LOCAL_WORLD_SIZE") else size
+        raise ConfigError(f"a rank needs {', '.join(NEEDED)} in its environment. {_missing(missing)}; torchrun sets them all.")
+    rank, size, local = (whole_number(env, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    local_size = whole_number(env, "LOCAL_WORLD_SIZE") if env.get("LOCAL_WORLD_SIZE") else size
     _below("RANK", rank, "WORLD_SIZE", size)
+    _below("LOCAL_RANK", local, "LOCAL_WORLD_SIZE", local_size)
+    whole_number(env, "MASTER_PORT", LAST_PORT)
     return Identity(rank, size, local, local_size, launcher, -(-size // max(1, local_size)))
 
 
@@ -78,11 +81,12 @@ def _from_slurm(env: Mapping[str, str]) -> Identity:
         return Identity()
     missing = [name for name in SLURM if not env.get(name)]
     if missing:
-        raise ConfigError(f"a task of srun has {', '.join(SLURM)} in its environment. {', '.join(missing)} is missing; srun sets them all.")
-    rank, size, local, node = (_number(env, name) for name in (SLURM[0], SLURM[1], SLURM[2], SLURM[4]))
+        raise ConfigError(f"a task of srun has {', '.join(SLURM)} in its environment. {_missing(missing)}; srun sets them all.")
+    rank, size, local, node = (whole_number(env, name) for name in (SLURM[0], SLURM[1], SLURM[2], SLURM[4]))
     counts = tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])
     _below("SLURM_PROCID", rank, "SLURM_STEP_NUM_TASKS", size)
     _below("SLURM_NODEID", node, "the nodes of SLURM_STEP_TASKS_PER_NODE", len(counts))
+    _below("SLURM_LOCALID", local, "the tasks of its node in SLURM_STEP_TASKS_PER_NODE", counts[node])
     host = env.get("SLURMD_NODENAME") or socket.gethostname()
     return Identity(rank, size, local, counts[node], "srun", len(counts), host)
 
@@ -133,19 +137,18 @@ def _started_by(launcher: str, rank: int, size: int, local: int, local_size: int
     return Identity(rank, size, local, local_size, launcher, -(-size // max(1, local_size)), host)
 
 
+def _missing(names: list[str]) -> str:
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
+
+
 def _numbers(env: Mapping[str, str], names: tuple[str, ...], launcher: str) -> list[int]:
     missing = [name for name in names if not env.get(name)]
     if missing:
-        raise ConfigError(f"a rank of {launcher} has {', '.join(names)} in its environment. {', '.join(missing)} is missing.")
-    found = [_number(env, name) for name in names]
+        raise ConfigError(f"a rank of {launcher} has {', '.join(names)} in its environment. {_missing(missing)}.")
+    found = [whole_number(env, name) for name in names]
     _below(names[0], found[0], names[1], found[1])
+    _below(names[2], found[2], names[3], found[3])
     return found
-
-
-def _number(env: Mapping[str, str], name: str) -> int:
-    if not env[name].isdigit():
-        raise ConfigError(f"{name} must be a whole number from 0. Got {env[name]!r} in the environment instead.")
-    return int(env[name])
 
 
 def _below(name: str, value: int, other: str, limit: int) -> None:
@@ -168,6 +171,7 @@ def export_identity(identity: Identity) -> None:
         "LOCAL_RANK": str(identity.local_rank),
         "LOCAL_WORLD_SIZE": str(identity.local_world_size),
     }
+    whole_number(os.environ, "MASTER_PORT", LAST_PORT)
 
 
 def alone_in_step(environment: Mapping[str, str] | None = None) -> bool:

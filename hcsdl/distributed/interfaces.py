@@ -62,9 +62,16 @@ def common_interface(host: str) -> str | None:
 def use_interface(name: str | None, host: str, one_host: bool = True) -> None:
     """Let gloo, NCCL, oneCCL and libfabric use interface `name`, or where it is None `common_interface(host)`, `host` being where the ranks meet.
 
-    Not the loopback where they are known not to be on `one_host`. Raises ConfigError where `name` has no address.
+    Not the loopback where they are known not to be on `one_host`. Raises ConfigError where `name` has no address, or the user has named an interface in
+    a variable that this host has not: the libraries would crash.
     """
     known = interface_addresses()
+    for variable in VARIABLES:
+        named, present = os.environ.get(variable, ""), [one for _, one in socket.if_nameindex()]
+        if not set(filter(None, named.split(","))) <= set(present):
+            raise ConfigError(
+                f"{variable} must name interfaces of {socket.gethostname()}: {', '.join(present)}. Got {named!r} in the environment instead."
+            )
     if name is not None and name not in known:
         raise ConfigError(
             f"distributed.interface must be an interface of {socket.gethostname()} with an IPv4 address: {', '.join(known)}. Got {name!r} instead."

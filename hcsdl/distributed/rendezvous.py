@@ -18,6 +18,13 @@ from hcsdl.config import ConfigError
 FIRST_PORT, PORTS = 15000, 10000  # below what Linux (from 32768) and others give to outgoing connections; a guess that nobody listens there
 
 
+def whole_number(env: Mapping[str, str], name: str, high: int = 2**31 - 1) -> int:
+    """Return an environment variable's number. Raises ConfigError where it is none from 0 to `high`."""
+    if not env[name].isdecimal() or int(env[name]) > high:
+        raise ConfigError(f"{name} must be a whole number from 0 to {high}. Got {env[name]!r} in the environment instead.")
+    return int(env[name])
+
+
 def first_host(env: Mapping[str, str], launcher: str, num_nodes: int) -> str:
     """Return the address of rank 0's host: this one for one node, else the first of the step's (mpirun: the job's) node list.
 
@@ -63,7 +70,7 @@ def numbered_port(env: Mapping[str, str], launcher: str) -> int:
     Raises ConfigError where the launcher gives the start no name of its own (MPICH).
     """
     if launcher == "srun":
-        return FIRST_PORT + (int(env["SLURM_JOB_ID"]) * 31 + int(env["SLURM_STEP_ID"])) % PORTS
+        return FIRST_PORT + (whole_number(env, "SLURM_JOB_ID") * 31 + whole_number(env, "SLURM_STEP_ID")) % PORTS
     name = env.get("I_MPI_HYDRA_UUID") or env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid")
     if not name:
         raise ConfigError(

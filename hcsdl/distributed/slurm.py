@@ -19,13 +19,13 @@ from dataclasses import dataclass
 
 from hcsdl.config import ConfigError, ExitCode
 from hcsdl.distributed.launcher import STOP_SIGNALS
-from hcsdl.distributed.rendezvous import free_port
+from hcsdl.distributed.rendezvous import free_port, whole_number
 
 log = logging.getLogger(__name__)
 
 # Why a job waits for a person, as `squeue -o %r` writes it; besides these, what a single job may not be (AssocMax…PerJobLimit), and jobs on hold.
 HOPELESS = re.compile(
-    r"held|DependencyNeverSatisfied|PartitionTimeLimit|BadConstraints|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed|PerJob",
+    r"held|DependencyNeverSatisfied|Partition(Node|Time)Limit|PartitionConfig|ReservationDeleted|BadConstraints|QOSMin|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed|PerJob",
     re.IGNORECASE,
 )
 # Slurm's states of a job that has not ended, as `squeue -o %T` writes them.
@@ -52,12 +52,17 @@ def this_job(environment: Mapping[str, str] | None = None) -> Job | None:
     number = env.get("SLURM_JOB_ID", "")
     if not number:
         return None
-    restarts = int(env.get("SLURM_RESTART_COUNT", 0))
+    restarts = whole_number(env, "SLURM_RESTART_COUNT") if env.get("SLURM_RESTART_COUNT") else 0
     if "SLURM_ARRAY_JOB_ID" not in env:
         return Job(number, number, restarts)
-    array, element = env["SLURM_ARRAY_JOB_ID"], int(env["SLURM_ARRAY_TASK_ID"])
-    elements = tuple(int(env[f"SLURM_ARRAY_TASK_{what}"]) for what in ("MIN", "MAX", "COUNT"))
-    return Job(number, f"{array}_{element}", restarts, array, element, elements)  # type: ignore[arg-type]
+    numbers = [f"SLURM_ARRAY_TASK_{what}" for what in ("ID", "MIN", "MAX", "COUNT")]
+    missing = [name for name in numbers if name not in env]
+    if missing:
+        raise ConfigError(
+            f"an element of a job array has {', '.join(numbers)} in its environment. Missing: {', '.join(missing)}; sbatch sets them all."
+        )
+    array, (element, *elements) = env["SLURM_ARRAY_JOB_ID"], [whole_number(env, name) for name in numbers]
+    return Job(number, f"{array}_{element}", restarts, array, element, tuple(elements))  # type: ignore[arg-type]
 
 
 def batch_job() -> Job:

@@ -58,10 +58,9 @@ def forgive_standard_streams() -> None:
 
 
 @contextmanager
-def held_back_output() -> Iterator[None]:
-    """Hold back what native libraries print (file descriptors 1 and 2) inside the context; it is shown if the context raises, or `show_held_output`.
-
-    Contexts do not nest.
+def held_back_output(but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Hold back what native libraries print (file descriptors 1 and 2) inside the context; it is shown by `show_held_output`, or if the context raises
+    anything `but` this. Contexts do not nest.
     """
     global _held
     sys.stdout.flush()
@@ -73,8 +72,9 @@ def held_back_output() -> Iterator[None]:
         _held = kept, held.fileno()
         try:
             yield
-        except BaseException:
-            show_held_output()
+        except BaseException as error:
+            if not isinstance(error, but):
+                show_held_output()
             raise
         finally:
             _held = None

@@ -51,6 +51,20 @@ def test_the_table_is_sorted_by_the_metric_with_failed_and_missing_runs_last(tmp
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("content", "said"), [('{"jobs":', "is no JSON"), ("[]", "lists no jobs"), (None, "has none")])
+def test_a_folder_that_is_no_sweeps_is_told(tmp_path: Path, content: str | None, said: str) -> None:
+    if content:
+        (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        run(SweepCommand(folder=str(tmp_path)))
+
+
+def test_a_sweeps_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"hydra\.sweep\.dir"):
+        write_sweep(tmp_path / "file", [["seed=0"]])
+
+
 def test_the_exit_code_is_0_when_all_have_finished_and_75_while_some_may_still(tmp_path: Path) -> None:
     write_sweep(tmp_path, [["seed=0"], ["seed=1"]])
     finish(tmp_path, 0, 0.5, 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import time
 from pathlib import Path
 
 from hcsdl.distributed.handout import compare
@@ -56,6 +58,22 @@ def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
         rank = start_rank([*TRAIN, f"plates.root={tmp_path}", f"run_dir={tmp_path / 'run'}"], 0, 2, port, tmp_path)
         code, said = rank.wait(100), rank.said()
     assert code == 5 and f"rank 0 must open port {port} for the others to meet at. Another program has taken it" in said, said
+
+
+def test_what_listens_in_rank_0s_place_and_is_no_store_is_told_in_time(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as other:
+        words = [*TRAIN, f"plates.root={tmp_path}", f"run_dir={tmp_path / 'run'}", "distributed.timeout_s=2"]
+        rank = start_rank(words, 1, 2, other.getsockname()[1], tmp_path)
+        assert rank.wait(60) == 5 and "does not answer as a rendezvous store does" in rank.said(), rank.said()
+
+
+def test_a_signal_ends_the_wait_for_ranks_that_do_not_come(tmp_path: Path) -> None:
+    rank = start_rank([*TRAIN, f"plates.root={tmp_path}", f"run_dir={tmp_path / 'run'}"], 0, 2, free_port(), tmp_path)
+    while "rank 0 of 2 on" not in rank.said():
+        time.sleep(0.05)
+    time.sleep(1)
+    rank.send_signal(signal.SIGTERM)
+    assert rank.wait(60) == 75 and "stopped by SIGTERM before the first step" in rank.said(), rank.said()
 
 
 def test_a_benchmark_that_cannot_write_ends_on_every_rank(tmp_path: Path) -> None:

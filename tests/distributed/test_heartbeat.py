@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,10 +16,12 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from hcsdl.distributed import heartbeat
 from hcsdl.distributed.heartbeat import take_leave, watch
 from tests.forked import processes
 
-SILENCE_S = 5.0  # ranks that wait for their turn on a busy core must not be taken for lost
+SILENCE_S = 4.0  # ranks that wait for their turn on a busy core must not be taken for lost
+STALL_S = 2.0
 HOST = os.uname().nodename
 
 
@@ -31,15 +34,18 @@ def serve(line: Connection) -> None:
 
 def live(line: Connection, rank: int, world_size: int, port: int, log: Path) -> None:
     """Be a rank: beat, obey what comes over `line`, and send every sentence about a loss."""
+    heartbeat.EVIDENCE_S, heartbeat.LEAVE_S = 2.0, 1.0
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     store = dist.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False, timeout=timedelta(seconds=60))
-    heart = watch(store, rank, world_size, SILENCE_S)
+    heart, step = watch(store, rank, world_size, SILENCE_S, STALL_S), ExitStack()
     assert watch(store, rank, world_size) is heart
     heart.on_lost(lambda sentence: line.send(f"lost: {sentence}"))
     while True:
         word, _, text = line.recv().partition(" ")
         if word == "note":
             heart.note(text)
+        elif word == "step":
+            step.enter_context(heart.in_step())
         elif word == "peers":
             line.send(heart.peers())
         elif word == "blame":
@@ -203,3 +209,22 @@ def test_after_a_timeout_the_rank_that_did_not_come_as_far_is_to_blame_and_nobod
     told = f"rank 1 on {HOST} (last collective heard of: all_reduce #1) did not come as far as all_gather #2."
     assert {two.lines[0].recv(), two.lines[0].recv()} == {told, f"lost: {told}"}
     assert two.ended(1) == (5, [f"lost: {told}"])
+
+
+def test_a_rank_that_beats_but_stays_behind_is_stuck_inside_a_step_only(start: object) -> None:
+    """Of three, rank 1 has begun one collective less, and rank 2 waits for it in an earlier one than rank 0: rank 1 alone is named, and ends, too."""
+    three = start(3)
+    for rank in (0, 2):
+        three.lines[rank].send("step")
+    for rank, count in ((0, 3), (1, 1), (2, 2)):
+        for number in range(1, count + 1):
+            three.lines[rank].send(f"note all_reduce #{number}")
+    time.sleep(2 * STALL_S)
+    assert (
+        three.peers(0, lambda seen: seen[1][1] and seen[2][1] == "all_reduce #2") and not three.lines[0].poll()
+    )  # it may be saving: nobody is lost
+    three.lines[1].send("step")
+    told = f"rank 1 on {HOST} (last collective heard of: all_reduce #1) is stuck: it beats, but has not come to all_reduce #"
+    for rank in range(3):
+        code, said = three.ended(rank)
+        assert code == 5 and said[0].startswith(f"lost: {told}"), said

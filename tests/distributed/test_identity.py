@@ -84,6 +84,10 @@ def test_a_half_set_environment_names_what_is_missing(env: dict, missing: str) -
     [
         (TORCH | {"RANK": "2"}, "RANK must be below WORLD_SIZE"),
         (TORCH | {"RANK": "one"}, "RANK must be a whole number"),
+        (TORCH | {"LOCAL_RANK": "2"}, "LOCAL_RANK must be below LOCAL_WORLD_SIZE"),
+        (TORCH | {"MASTER_PORT": "http"}, "MASTER_PORT must be a whole number from 0 to 65535. Got 'http'"),
+        (TORCH | {"MASTER_PORT": "65536"}, "MASTER_PORT must be a whole number"),
+        (STEP | {"SLURM_LOCALID": "2"}, "SLURM_LOCALID must be below"),
         (STEP | {"SLURM_PROCID": "4"}, "SLURM_PROCID must be below SLURM_STEP_NUM_TASKS"),
         (STEP | {"SLURM_NODEID": "2"}, "SLURM_NODEID must be below"),
         (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2x2"}, r"must look like 2\(x3\),1"),

@@ -50,9 +50,9 @@ def test_a_host_name_that_leads_to_the_loopback_is_not_followed(monkeypatch: pyt
 
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FI_TCP_IFACE", "mine")
+    monkeypatch.setenv("FI_TCP_IFACE", "lo")
     use_interface(None, "127.0.0.1")
-    assert os.environ["FI_TCP_IFACE"] == "mine" and os.environ["GLOO_SOCKET_IFNAME"] == os.environ["CCL_KVS_IFACE"] == "lo"
+    assert os.environ["FI_TCP_IFACE"] == "lo" and os.environ["GLOO_SOCKET_IFNAME"] == os.environ["CCL_KVS_IFACE"] == "lo"
 
 
 def test_the_loopback_does_not_lead_to_another_host() -> None:
@@ -67,3 +67,9 @@ def test_an_unknown_interface_is_refused_with_those_there_are() -> None:
     with pytest.raises(ConfigError, match="distributed.interface must be an interface of .*lo.*Got 'ib7' instead"):
         use_interface("ib7", "127.0.0.1")
     assert not any(name in os.environ for name in VARIABLES)
+
+
+def test_an_interface_in_the_environment_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,nowhere0")
+    with pytest.raises(ConfigError, match="GLOO_SOCKET_IFNAME must name interfaces of .* Got 'lo,nowhere0'"):
+        use_interface(None, "127.0.0.1")

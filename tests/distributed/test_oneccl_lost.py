@@ -252,3 +252,17 @@ def test_the_official_binding_goes_first_where_it_imports(tmp_path: Path) -> Non
         done = subprocess.run([sys.executable, "-c", WHOSE], env=clean, capture_output=True, text=True, timeout=120, check=True)
         said.append(done.stdout.split())
     assert said == [[oneccl.OFFICIAL, "Official", "False", "True"], ["hcsdl", "ProcessGroupCCL", "True", "True"]]
+
+
+def test_a_provider_that_libfabric_has_not_is_told_instead_of_a_crash() -> None:
+    """Clusters' modules set FI_PROVIDER for their own MPI; oneCCL would end the process with SIGABRT."""
+    show = "from hcsdl.distributed import fabric, oneccl_library; print(fabric.refusal(oneccl_library.folder()))"
+    said = {}
+    for provider in ("tcp", "nowhere"):
+        environment = os.environ | {"FI_PROVIDER": provider}
+        said[provider] = subprocess.run(
+            [sys.executable, "-c", show], env=environment, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    assert said["tcp"] == "" and said["nowhere"].startswith(
+        "FI_PROVIDER must name a provider of libfabric that works here. None of 'nowhere' does"
+    )

@@ -49,7 +49,14 @@ def test_going_means_that_slurm_runs_it_or_will_by_itself() -> None:
     assert not still_going({0: "COMPLETED", 1: "FAILED NonZeroExitCode", 2: "NODE_FAIL"})
     assert not still_going({}), "Slurm has forgotten the job"
     assert not still_going({0: "PENDING launch failed requeued held"}), "it waits for a person"
-    for reason in ("DependencyNeverSatisfied", "PartitionTimeLimit", "BadConstraints", "QOSMaxWallDurationPerJobLimit", "JobHeldUser"):
+    for reason in (
+        "DependencyNeverSatisfied",
+        "PartitionTimeLimit",
+        "PartitionNodeLimit",
+        "BadConstraints",
+        "QOSMaxWallDurationPerJobLimit",
+        "JobHeldUser",
+    ):
         assert not still_going({0: "COMPLETED", 1: f"PENDING {reason}"}), "no time mends that"
     assert still_going({0: "PENDING Dependency", 1: "PENDING Priority"})
     assert still_going(None), "Slurm's silence says nothing"

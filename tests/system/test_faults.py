@@ -25,7 +25,7 @@ from hcsdl.commands.train import open_run_folder, prepare_run
 from hcsdl.distributed.launcher import Forwarder, supervise
 from hcsdl.training.checkpoint import list_checkpoints, load_newest
 from hcsdl.training.run_folder import RunFolder
-from tests import runs
+from tests import forked, runs
 from tests.forked import Forked, kill_what_is_left, start_ranks, start_ranks_on
 from tests.namespaces import Host, two_hosts
 
@@ -114,13 +114,17 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(
-    ("fault", "backend"), [*((fault, BEST) for fault in FAULTS), pytest.param("link down", "gloo", id="link down, gloo")]
+    ("fault", "backend"),
+    [
+        *((fault, BEST) for fault in FAULTS),
+        *(pytest.param(fault, "gloo", id=f"{fault}, gloo") for fault in ("link down", "hangs in Python")),
+    ],
 )
 def test_the_other_rank_ends_with_5_and_names_the_lost(
     tiny_plates: Path, tmp_path: Path, hosts: tuple[Host, Host], fault: str, backend: str
 ) -> None:
     folder, said = tmp_path / "run", tmp_path / "output"
-    patience = ["distributed.timeout_s=12"] if fault == "hangs in Python" else []
+    patience = [f"distributed.stall_s={SILENCE_S}"] if fault == "hangs in Python" else []
     bug = partial(at_step_5, raise_an_error if fault == "raises" else hang)  # so that what happens to it happens in mid-training
     ranks = start_ranks_on(hosts, [*words(tiny_plates, folder, backend), *patience], 1, said, {1: bug})
     wait_for_checkpoint(folder, 5, ranks)
@@ -130,7 +134,7 @@ def test_the_other_rank_ends_with_5_and_names_the_lost(
     if fault == "raises":
         assert ranks[1].wait(LIMIT_S) == 1 and "has left the run: a bug of this rank" in ranks[0].said()
     if fault == "hangs in Python":
-        assert ranks[1].wait(LIMIT_S) == 5 and "did not come as far" in ranks[0].said()
+        assert ranks[1].wait(LIMIT_S) == 5 and "is stuck: it beats, but has not come to" in ranks[0].said()
     if fault == "link down":
         assert ranks[1].wait(LIMIT_S) == 5 and names(ranks[1].said(), 0, "node-a")
     ranks[1].kill()
@@ -226,7 +230,7 @@ def test_ten_random_kills_over_one_training_leave_the_undisturbed_weights(tiny_p
 
 def test_the_own_launcher_starts_the_ranks_again(tiny_plates: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = runs.start(*words(tiny_plates, folder, BEST, LONG), "distributed.ranks=2", "distributed.max_restarts=1")
+    process = forked.start(*words(tiny_plates, folder, BEST, LONG), "distributed.ranks=2", "distributed.max_restarts=1")
     runs.wait_for_step(process, folder, 3)
     first = runs.children(process)
     os.kill(first[1], signal.SIGKILL)

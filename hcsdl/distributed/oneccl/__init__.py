@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
+from hcsdl.distributed import fabric
 from hcsdl.distributed import oneccl_library as library
 from hcsdl.distributed.oneccl import settings
 from hcsdl.distributed.oneccl.api import CclError
@@ -18,8 +19,8 @@ OFFICIAL = "oneccl_bindings_for_pytorch"
 
 
 def missing() -> str:
-    """Return a sentence why `ccl` cannot be used here, empty if it can. Cheap: loads no library, makes no communicator."""
-    return "" if binding == OFFICIAL else library.missing()
+    """Return a sentence why `ccl` cannot be used here, empty if it can. Cheap: loads no library into this process, makes no communicator."""
+    return "" if binding == OFFICIAL else library.missing() or fabric.refusal(library.folder())
 
 
 def _register() -> str:
