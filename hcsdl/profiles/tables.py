@@ -333,14 +333,16 @@ def _refuse_torn_wells(meta: pd.DataFrame, path: Path) -> None:
 
 
 def _numbers(frame: pd.DataFrame, columns: list[str], path: Path, kind: type) -> np.ndarray | pd.DataFrame:
-    """Return columns as floats: float32 where all are, else float64; infinities as missing."""
+    """Return columns as floats: float32 where all are, else float64; infinities, and values whose squares could not be summed, as missing."""
     bad = [c for c in columns if not _is_number(frame[c])]
     if bad:
         raise DataError(f"{bad[0]} in {path} must hold numbers. It holds {frame[bad[0]].iloc[0]!r}.")
     single = all(frame[c].dtype in (np.float32, np.float16) for c in columns)
     values = frame[columns].to_numpy(dtype=np.float32 if single else np.float64, na_value=np.nan)
-    if not np.isfinite(values).all():
-        values = np.where(np.isfinite(values), values, np.nan)
+    most = 1e-4 * np.sqrt(np.finfo(values.dtype).max)  # 2e15 in single precision
+    usable = (values < most) & (values > -most)
+    if not usable.all():
+        values = np.where(usable, values, np.nan)
     return pd.DataFrame(values, columns=columns) if kind is pd.DataFrame else values
 
 

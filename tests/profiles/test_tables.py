@@ -83,8 +83,9 @@ def test_query_and_empty_rows_are_counted(tmp_path, table):
     assert any(note.startswith("3 rows have no feature at all and are left out (Week0_0/B02") for note in read.notes)
 
 
-def test_infinite_is_missing(tmp_path, table):
-    table.loc[0, "Embedding_0001"] = np.inf
+@pytest.mark.parametrize("value", [np.inf, -1e300])
+def test_infinite_and_immense_are_missing(tmp_path, table, value):
+    table.loc[0, "Embedding_0001"] = value
     assert np.isnan(read_profiles(write(tmp_path, table)).wells.values).any(axis=0).tolist() == [False, True, False]
 
 

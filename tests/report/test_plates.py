@@ -77,6 +77,7 @@ def test_titles_state_what_stands_out():
     noise = full_plates(3).assign(Value=lambda t: rng.normal(10, 1, len(t)))
     dim = noise.assign(Value=np.where(noise["Metadata_Plate"] == "P1", noise["Value"] - 8, noise["Value"]))
     assert "mostly between plates" in (title := plate_picture(dim, "Value").title) and "P1 stands furthest out" in title
+    assert "e+0" not in plate_picture(dim.assign(Value=1000 * dim["Value"]), "Value").title
     rim = noise["Metadata_Well"].str.match("[AH]|.*(01|12)$")
     dried = plate_picture(noise.assign(Value=np.where(rim, noise["Value"] - 3, noise["Value"])), "Value").title
     assert "wells at the edge are lower" in dried and "evaporation" in dried
