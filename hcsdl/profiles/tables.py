@@ -189,6 +189,8 @@ def _named(frame: pd.DataFrame, path: Path, columns: Sequence[str], notes: list[
     for ours in REQUIRED:
         if ours not in frame:
             alike = [c for c in frame if str(c).startswith("Metadata_")] or list(frame.columns)
+            if not alike:
+                raise DataError(f"{path} must have a column {ours}. It has no columns: make it anew.")
             raise DataError(
                 f"{path} must have a column {ours}. It has {_some(alike)}: name the right one, such as score.columns=[{ours}:{alike[0]}]."
             )

@@ -147,6 +147,11 @@ def test_what_cannot_be_scored_is_told(tmp_path, table, change, sentence):
         read_profiles(write(tmp_path, change(table.astype({"Metadata_Concentration": object})), "bad.csv"))
 
 
+def test_parquet_without_a_column_is_told(tmp_path, table):
+    with pytest.raises(DataError, match="must have a column Metadata_Plate. It has no columns"):
+        read_profiles(write(tmp_path, table[[]]))
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
