@@ -308,6 +308,8 @@ def _metadata(frame: pd.DataFrame, path: Path, control: str, notes: list[str]) -
         raise DataError(f"Every row of {path} must have a Metadata_Batch, or none. {int(meta['Metadata_Batch'].isna().sum())} have none.")
     if not is_control.any():
         notes.append(f"No row has the control compound {control!r} (score.control).")
+    if is_control.all():
+        notes.append(f"Every row has the control compound {control!r} (score.control): there is no treatment to score.")
     return meta
 
 

@@ -147,6 +147,13 @@ def test_what_cannot_be_scored_is_told(tmp_path, table, change, sentence):
         read_profiles(write(tmp_path, change(table.astype({"Metadata_Concentration": object})), "bad.csv"))
 
 
+def test_without_a_control_or_with_nothing_else_is_noted(tmp_path, table):
+    notes = [read_profiles(write(tmp_path, table), control=name).notes for name in ("DMSO", "mock")]
+    assert not any("score.control" in note for note in notes[0]) and any("No row has the control" in note for note in notes[1])
+    only = read_profiles(write(tmp_path, table[table["Metadata_Compound"] == "DMSO"])).notes
+    assert any("there is no treatment to score" in note for note in only)
+
+
 def test_parquet_without_a_column_is_told(tmp_path, table):
     with pytest.raises(DataError, match="must have a column Metadata_Plate. It has no columns"):
         read_profiles(write(tmp_path, table[[]]))
