@@ -207,11 +207,18 @@ def _number_title(wells: pd.DataFrame, column: str, control: str) -> str:
 
 
 def _edge(wells: pd.DataFrame, column: str) -> str:
-    """Return a clause where the outermost imaged rows and columns differ from the inner ones (Mann-Whitney test on distances to the plate's median)."""
+    """Return a clause where the outermost imaged rows and columns differ from the inner ones (Mann-Whitney test on distances to the plate's median).
+
+    Only treatments that stand in both are compared, each with itself: where controls have the rim to themselves it is they that differ.
+    """
     deviation = wells[column] - wells.groupby("Metadata_Plate")[column].transform("median")
     outer = wells["row"].isin([wells["row"].min(), wells["row"].max()]) | wells["column"].isin(
         [wells["column"].min(), wells["column"].max()]
     )
+    if "Metadata_Treatment" in wells:
+        treatment = wells["Metadata_Treatment"]
+        both = outer.groupby(treatment).transform("nunique") == 2
+        deviation, outer = (deviation - deviation.groupby(treatment).transform("median"))[both], outer[both]
     if min(outer.sum(), (~outer).sum()) < 10 or mannwhitneyu(deviation[outer], deviation[~outer]).pvalue > EDGE_P:
         return ""
     difference = float(deviation[outer].median() - deviation[~outer].median())

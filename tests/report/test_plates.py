@@ -82,6 +82,8 @@ def test_titles_state_what_stands_out():
     dried = plate_picture(noise.assign(Value=np.where(rim, noise["Value"] - 3, noise["Value"])), "Value").title
     assert "wells at the edge are lower" in dried and "evaporation" in dried
     assert "edge" not in plate_picture(noise, "Value").title
+    alone = noise.assign(Metadata_Treatment=np.where(rim, "DMSO", "drug"), Value=np.where(rim, noise["Value"] - 3, noise["Value"]))
+    assert "edge" not in plate_picture(alone, "Value").title, "what stands at the edge alone may differ for other reasons"
     toxic = noise.assign(Metadata_Treatment=np.where(noise["Metadata_Well"] == "D05", "poison 3", noise["Metadata_Treatment"]))
     toxic = toxic.assign(Metadata_Compound=np.where(noise["Metadata_Well"] == "D05", "poison", noise["Metadata_Compound"]))
     toxic = toxic.assign(Value=np.where(noise["Metadata_Well"] == "D05", 1.0, noise["Value"]))
