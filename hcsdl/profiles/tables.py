@@ -146,6 +146,9 @@ def _read(path: Path) -> pd.DataFrame:
             return pd.read_parquet(path, page_checksum_verification=True)
         separator = _separator(path)
         names = pd.read_csv(path, nrows=0, sep=separator).columns
+        given = pd.read_csv(path, nrows=1, header=None, sep=separator, dtype=str).iloc[0].dropna()  # of two alike pandas renames one
+        if given.duplicated().any():
+            raise ValueError(f"two columns are named {given[given.duplicated()].iloc[0]}")
         text = {name: str for name in names if "metadata_" in name.lower()}
         return pd.read_csv(path, dtype=text, na_values=["nan", "NaN", ""], keep_default_na=False, low_memory=False, sep=separator)
     except UnicodeDecodeError as error:
@@ -157,6 +160,8 @@ def _read(path: Path) -> pd.DataFrame:
 def _separator(path: Path) -> str:
     """Return what parts the columns of a CSV file: of comma, semicolon and tab the one that its first line holds most of."""
     head = pd.read_csv(path, nrows=1, header=None, sep="\0", quoting=csv.QUOTE_NONE, dtype=str).iat[0, 0]
+    if not isinstance(head, str):
+        raise ValueError("its first line has no text")
     return max(",;\t", key=head.count)
 
 

@@ -154,6 +154,19 @@ def test_without_a_control_or_with_nothing_else_is_noted(tmp_path, table):
     assert any("there is no treatment to score" in note for note in only)
 
 
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (bytes(range(256)) * 9, "cannot be read: its first line has no text"),
+        (b"Metadata_Plate,Metadata_Well,Metadata_Compound,a,a\nP,B02,DMSO,1,2\n", "cannot be read: two columns are named a"),
+    ],
+)
+def test_what_is_no_table_is_told(tmp_path, content, sentence):
+    (tmp_path / "bad.csv").write_bytes(content)
+    with pytest.raises(DataError, match=sentence):
+        read_profiles(tmp_path / "bad.csv")
+
+
 def test_parquet_without_a_column_is_told(tmp_path, table):
     with pytest.raises(DataError, match="must have a column Metadata_Plate. It has no columns"):
         read_profiles(write(tmp_path, table[[]]))
