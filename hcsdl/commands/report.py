@@ -99,13 +99,14 @@ def gather(config: ReportCommand) -> Inputs:
     scores = [read_scores(Path(path)) for path in config.score_folders]
     runs = [Path(path) for path in config.runs]
     found = parts.main_table(scores)
+    named = found[1] if found else next((table for record in scores for table in record.tables), None)
     profiles = Path(config.profiles) if config.profiles else None
     if profiles is not None and not profiles.is_file():
         raise DataError(f"profiles must name a table, .parquet or .csv. {profiles} is no file.")
-    if profiles is None and found is not None and Path(found[1]["path"]).is_file():
-        profiles = Path(found[1]["path"])
-    if not runs and found is not None and found[1]["run"] and Path(found[1]["run"]).is_dir():
-        runs = [Path(found[1]["run"])]
+    if profiles is None and named and Path(named["path"]).is_file():
+        profiles = Path(named["path"])
+    if not runs and named and named["run"] and Path(named["run"]).is_dir():
+        runs = [Path(named["run"])]
     if not runs and profiles is not None and (provenance := find_provenance(profiles)):
         runs = [provenance.run]
     if profiles is None and runs:

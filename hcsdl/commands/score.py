@@ -189,7 +189,7 @@ def _plain(scores: TableScores, path: Path, provenance: Provenance | None, known
         }
     return {
         "name": scores.name,
-        "path": str(path),
+        "path": str(path.absolute()),  # a report may be made from another folder
         "run": str(provenance.run) if provenance else None,
         "seed": provenance.seed if provenance else None,
         "leak": asdict(known) | {"mark": known.mark},

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hcsdl.kernels import Kernels
-from hcsdl.kernels.replacement import replace_operators
+from hcsdl.kernels.max_pool import replace_max_pools
 
 
 def for_inference(model: nn.Module, kernels: Kernels) -> Embedder:
@@ -28,7 +28,7 @@ def for_inference(model: nn.Module, kernels: Kernels) -> Embedder:
     if kernels.name == "reference":
         return Embedder(model, torch.float32, 0)
     if kernels.name == "fused":
-        replace_operators(model)  # of which the max-pools are left after the folding
+        replace_max_pools(model)  # there are no batch norms to fuse, and torch adds and cuts off in place
     folded = fold_batch_norm(model)
     dtype = torch.bfloat16 if kernels.precision == "bf16" else torch.float32
     classifier = copy.deepcopy(model.fc)

@@ -123,7 +123,7 @@ def _note_features(scores: TableScores, table: ProfileTable, dropped: Dropped, k
     if dropped.missing or dropped.constant:
         total = len(table.wells.names)
         scores.notes.append(
-            f"{dropped.missing} of {total} features miss a value somewhere and {dropped.constant} are constant: dropped, {kept} kept."
+            f"{dropped.missing} of {total} features miss a value somewhere (or hold one too large to reckon with) and {dropped.constant} are constant: dropped, {kept} kept."
         )
 
 

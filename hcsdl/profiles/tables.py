@@ -146,6 +146,9 @@ def _read(path: Path) -> pd.DataFrame:
             return pd.read_parquet(path, page_checksum_verification=True)
         separator = _separator(path)
         names = pd.read_csv(path, nrows=0, sep=separator).columns
+        given = pd.read_csv(path, nrows=1, header=None, sep=separator, dtype=str).iloc[0].dropna()  # of two alike pandas renames one
+        if given.duplicated().any():
+            raise ValueError(f"two columns are named {given[given.duplicated()].iloc[0]}")
         text = {name: str for name in names if "metadata_" in name.lower()}
         return pd.read_csv(path, dtype=text, na_values=["nan", "NaN", ""], keep_default_na=False, low_memory=False, sep=separator)
     except UnicodeDecodeError as error:
@@ -157,6 +160,8 @@ def _read(path: Path) -> pd.DataFrame:
 def _separator(path: Path) -> str:
     """Return what parts the columns of a CSV file: of comma, semicolon and tab the one that its first line holds most of."""
     head = pd.read_csv(path, nrows=1, header=None, sep="\0", quoting=csv.QUOTE_NONE, dtype=str).iat[0, 0]
+    if not isinstance(head, str):
+        raise ValueError("its first line has no text")
     return max(",;\t", key=head.count)
 
 
@@ -189,6 +194,8 @@ def _named(frame: pd.DataFrame, path: Path, columns: Sequence[str], notes: list[
     for ours in REQUIRED:
         if ours not in frame:
             alike = [c for c in frame if str(c).startswith("Metadata_")] or list(frame.columns)
+            if not alike:
+                raise DataError(f"{path} must have a column {ours}. It has no columns: make it anew.")
             raise DataError(
                 f"{path} must have a column {ours}. It has {_some(alike)}: name the right one, such as score.columns=[{ours}:{alike[0]}]."
             )
@@ -306,6 +313,8 @@ def _metadata(frame: pd.DataFrame, path: Path, control: str, notes: list[str]) -
         raise DataError(f"Every row of {path} must have a Metadata_Batch, or none. {int(meta['Metadata_Batch'].isna().sum())} have none.")
     if not is_control.any():
         notes.append(f"No row has the control compound {control!r} (score.control).")
+    if is_control.all():
+        notes.append(f"Every row has the control compound {control!r} (score.control): there is no treatment to score.")
     return meta
 
 
@@ -333,14 +342,16 @@ def _refuse_torn_wells(meta: pd.DataFrame, path: Path) -> None:
 
 
 def _numbers(frame: pd.DataFrame, columns: list[str], path: Path, kind: type) -> np.ndarray | pd.DataFrame:
-    """Return columns as floats: float32 where all are, else float64; infinities as missing."""
+    """Return columns as floats: float32 where all are, else float64; infinities, and values whose squares could not be summed, as missing."""
     bad = [c for c in columns if not _is_number(frame[c])]
     if bad:
         raise DataError(f"{bad[0]} in {path} must hold numbers. It holds {frame[bad[0]].iloc[0]!r}.")
     single = all(frame[c].dtype in (np.float32, np.float16) for c in columns)
     values = frame[columns].to_numpy(dtype=np.float32 if single else np.float64, na_value=np.nan)
-    if not np.isfinite(values).all():
-        values = np.where(np.isfinite(values), values, np.nan)
+    most = 1e-4 * np.sqrt(np.finfo(values.dtype).max)  # 2e15 in single precision
+    usable = (values < most) & (values > -most)
+    if not usable.all():
+        values = np.where(usable, values, np.nan)
     return pd.DataFrame(values, columns=columns) if kind is pd.DataFrame else values
 
 

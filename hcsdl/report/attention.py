@@ -18,7 +18,7 @@ from hcsdl.report.fields import FieldView, caption, composite, contrast, grey, s
 from hcsdl.report.picture import WIDTH_IN, Picture, styled
 
 HEAT = "magma"  # runs evenly from dark to light, for colour-blind readers too
-NEAR = 1.15  # attention per pixel of the cells over that of the background from which it is said to lie on the cells. A guess
+NEAR = 1.5  # attention per pixel of the cells over that of the background from which it is said to lie on the cells. A guess
 
 
 def spread_heat(heat: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -85,6 +85,9 @@ def comparison_picture(runs: Sequence[RunRecord], *, name: str = "comparison") -
         title = f"Only {best.name} is finished"
     elif best.summary["well_accuracy"] == worst.summary["well_accuracy"]:
         title = f"All {len(done)} runs get {best.summary['well_accuracy']:.0%} of the held-out wells right"
+    below = [run.name for run in done if run.summary["well_accuracy"] < (run.summary["baseline_well_accuracy"] or 0)]
+    if below:
+        title += f"; BELOW their baselines: {', '.join(below[:3])}" + (", …" if len(below) > 3 else "")
     reading = "A dot is a run's accuracy on the wells it was not trained on, its line the 95 % interval as if wells were independent, the square its baseline"
     reading += (
         "." if len(held_out) == 1 else "; the runs hold out different wells (another split, or other plates) and should not be ranked."

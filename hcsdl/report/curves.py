@@ -82,7 +82,7 @@ def accuracy_picture(history: Sequence[dict], summary: dict, *, name: str = "acc
     title = f"{last:.0%} of the held-out wells are right after {epochs[-1]:.3g} epochs"
     baseline = summary.get("baseline_well_accuracy")
     if baseline is not None:
-        title += f", {abs(last - baseline):.0%} {'above' if last >= baseline else 'BELOW'} the baseline"
+        title += f", {100 * abs(last - baseline):.0f} points {'above' if last >= baseline else 'BELOW'} the baseline"
     if before:
         title += ", still rising" if last - max(before) > FLAT else ", no longer rising"
     reading = (

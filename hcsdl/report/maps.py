@@ -124,7 +124,9 @@ def _by_name(found: WellMap, names: pd.Series, name: str, control: str | None, t
             edgecolors="white",
             label=label,
         )
-    figure.legend(loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.3)
+    legend = figure.legend(loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.3)
+    for handle in legend.legend_handles:  # to be told apart however small the wells' are
+        handle.set_sizes([46])
     reading = f"Each marker is a well, placed by PCA of its profile; {look_for}; in brackets the number of wells."
     return Picture(f"map_{name}", title, reading, figure)
 

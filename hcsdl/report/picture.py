@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
@@ -120,7 +121,8 @@ def safe_name(text: str) -> str:
 def save(picture: Picture, folder: Path) -> tuple[Path, Path]:
     """Write `<folder>/<name>.png` and `.svg` and return their paths; the images of photographic drawings are JPEG. Raises OSError."""
     paths = folder / f"{picture.name}.png", folder / f"{picture.name}.svg"
-    with styled():
+    with styled(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a name in a script that the font lacks; the page's text has it
         picture.figure.savefig(paths[0], dpi=DPI, metadata={"Title": picture.title, "Description": picture.reading, "Software": None})
         drawing = io.StringIO()
         metadata = {"Title": picture.title, "Description": picture.reading, "Date": None}

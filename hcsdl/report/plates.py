@@ -175,12 +175,17 @@ def _frame(axes: Axes, shape: tuple[int, int], plate: str, *, left: bool, bottom
         side.set(visible=True, color="#AAAAAA")
 
 
+def _plain(value: float) -> str:
+    """Return a number with three digits, or all those before the point."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
 def _number_title(wells: pd.DataFrame, column: str, control: str) -> str:
     """Return what stands out: plates, edges, or treatments."""
     what, values = _spoken(column), wells.dropna(subset=[column])
     total = ((values[column] - values[column].mean()) ** 2).sum()
     if total <= 1e-24 * max(1.0, float((values[column] ** 2).sum())):
-        return f"{what} is the same, {values[column].iloc[0]:.3g}, in every well"
+        return f"{what} is the same, {_plain(values[column].iloc[0])}, in every well"
     middles = values.groupby("Metadata_Plate")[column].transform("mean")
     between = float(((middles - values[column].mean()) ** 2).sum() / total)
     medians = values.groupby("Metadata_Plate")[column].median()
@@ -189,11 +194,11 @@ def _number_title(wells: pd.DataFrame, column: str, control: str) -> str:
         far = (medians - medians.median()).abs().idxmax()
         if between >= 0.5:
             parts.append(f"{what} differs mostly between plates ({between:.0%} of the wells' variance)")
-            parts.append(f"{far} stands furthest out, median {medians[far]:.3g} against {medians.median():.3g}")
+            parts.append(f"{far} stands furthest out, median {_plain(medians[far])} against {_plain(medians.median())}")
         else:
             parts.append(f"{what} differs mostly within plates ({1 - between:.0%} of the wells' variance)")
     else:
-        parts.append(f"{what} goes from {values[column].min():.3g} to {values[column].max():.3g} on the plate")
+        parts.append(f"{what} goes from {_plain(values[column].min())} to {_plain(values[column].max())} on the plate")
     if edge := _edge(values, column):
         parts.append(edge)
     elif between < 0.5 and (strongest := _strongest(values, column, control)):
@@ -202,15 +207,22 @@ def _number_title(wells: pd.DataFrame, column: str, control: str) -> str:
 
 
 def _edge(wells: pd.DataFrame, column: str) -> str:
-    """Return a clause where the outermost imaged rows and columns differ from the inner ones (Mann-Whitney test on distances to the plate's median)."""
+    """Return a clause where the outermost imaged rows and columns differ from the inner ones (Mann-Whitney test on distances to the plate's median).
+
+    Only treatments that stand in both are compared, each with itself: where controls have the rim to themselves it is they that differ.
+    """
     deviation = wells[column] - wells.groupby("Metadata_Plate")[column].transform("median")
     outer = wells["row"].isin([wells["row"].min(), wells["row"].max()]) | wells["column"].isin(
         [wells["column"].min(), wells["column"].max()]
     )
+    if "Metadata_Treatment" in wells:
+        treatment = wells["Metadata_Treatment"]
+        both = outer.groupby(treatment).transform("nunique") == 2
+        deviation, outer = (deviation - deviation.groupby(treatment).transform("median"))[both], outer[both]
     if min(outer.sum(), (~outer).sum()) < 10 or mannwhitneyu(deviation[outer], deviation[~outer]).pvalue > EDGE_P:
         return ""
     difference = float(deviation[outer].median() - deviation[~outer].median())
-    return f"wells at the edge are {'higher' if difference > 0 else 'lower'} than the inner ones by {abs(difference):.3g}, so look for evaporation"
+    return f"wells at the edge are {'higher' if difference > 0 else 'lower'} than the inner ones by {_plain(abs(difference))}, so look for evaporation"
 
 
 def _strongest(wells: pd.DataFrame, column: str, control: str) -> str:
@@ -223,7 +235,7 @@ def _strongest(wells: pd.DataFrame, column: str, control: str) -> str:
         return ""
     usual = float(wells.loc[is_control, column].median())
     far = (treated - usual).abs().idxmax()
-    return f"{far} is furthest from {control}, {treated[far]:.3g} against {usual:.3g}"
+    return f"{far} is furthest from {control}, {_plain(treated[far])} against {_plain(usual)}"
 
 
 def _name_title(wells: pd.DataFrame, column: str) -> str:

@@ -194,12 +194,18 @@ def difference_picture(comparisons: Sequence[dict], *, name: str = "differences"
             f"p {one['p_value']:.3g}", (one["value"], place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8.5
         )
     axes.axvline(0, color="black", linewidth=1)
-    axes.set_yticks(range(len(comparisons)), [f"{c['rule']}: against {c['second'].removeprefix('baseline: ')}" for c in comparisons])
+    leaks = [f"  [{c['second_leak']}]" if c.get("second_leak") else "" for c in comparisons]
+    against = [f"{c['rule']}: against {c['second'].removeprefix('baseline: ')}" for c in comparisons]
+    axes.set_yticks(range(len(comparisons)), [label + leak for label, leak in zip(against, leaks, strict=True)])
+    for label, leak in zip(axes.get_yticklabels(), leaks, strict=True):
+        label.set_color(WARNING if leak else "black")
     axes.set_ylim(len(comparisons) - 0.5, -0.7)
     mark = comparisons[0].get("first_leak")
     axes.set(xlabel=f"share right of {comparisons[0]['first']}{f' [{mark}]' if mark else ''}\nminus that of the other")
     axes.grid(axis="x")
-    title = f"{comparisons[0]['first']} is surely better in {sum(sure)} of {len(sure)} comparisons" + (f" — {mark}" if mark else "")
+    fair = [better for better, leak in zip(sure, leaks, strict=True) if not leak] or sure
+    apart = ", those with leaky scores apart" if len(fair) < len(sure) else ""
+    title = f"{comparisons[0]['first']} is surely better in {sum(fair)} of {len(fair)} comparisons{apart}" + (f" — {mark}" if mark else "")
     reading = (
         "A dot is the difference on the same treatments and its line the 95 % interval over compounds: right of 0 the first is better, and surely so "
         "(blue) where the line stays clear of 0; p is of a sign-flip test."

@@ -50,7 +50,7 @@ def scores_section(scores: Sequence[ScoreRecord]) -> Section:
     if found is not None:
         record, main = found
         section.intro = (
-            f"Treatments are profiles of {main['name']}, {main['counts']['wells']} wells, {main['counts']['features_used']} features, "
+            f"The answers are about the table “{main['name']}”: {main['counts']['wells']} wells, {main['counts']['features_used']} features, "
             f"normalised by {' + '.join(record.data['settings']['pipeline']) or 'nothing'}. {main['leak']['sentence']}"
         )
         section.pictures.append(scores_picture(tables))

@@ -118,7 +118,7 @@ class RunFolder:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a crash, a kill or a full disk leaves either the old file or the whole new one. Raises OSError."""
+    """Write `data` to `path` so that a crash, a kill or a full disk leaves either the old file or the whole new one. Raises OSError, with the path."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -131,8 +131,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # as where an open file is written to
+            error.filename = str(path)
         raise
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from hcsdl.commands.cli import main
 from hcsdl.commands.compose import compose_command, from_yaml, to_overrides
+from hcsdl.commands.report import gather
 from hcsdl.commands.report_fields import fields_section, find_preprocessing
 from hcsdl.config import DataError
 from hcsdl.data.preprocessing import load_preprocessing
@@ -159,6 +160,14 @@ def test_several_runs_are_compared(trained, tmp_path):
     text = report(tmp_path / "out", f"run=[{other},{trained}]")
     part = text[text.index('<section id="comparison">') : text.index('<section id="training">')]
     assert "training.learning_rate" in part and "other is best with 100% of held-out wells, run last" in part
+
+
+def test_scores_lead_to_their_table_from_any_folder_and_without_mechanisms(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw_wells().drop(columns="Metadata_MoA").to_parquet("table.parquet")
+    assert main(["score", "profiles=table.parquet", "score.output=scores", *FAST]) == 0
+    monkeypatch.chdir("/")
+    assert gather(compose_command("report", [f"scores={tmp_path / 'scores'}"])).profiles == tmp_path / "table.parquet"
 
 
 def test_foreign_profiles_without_a_run(tmp_path):

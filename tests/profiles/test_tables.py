@@ -83,8 +83,9 @@ def test_query_and_empty_rows_are_counted(tmp_path, table):
     assert any(note.startswith("3 rows have no feature at all and are left out (Week0_0/B02") for note in read.notes)
 
 
-def test_infinite_is_missing(tmp_path, table):
-    table.loc[0, "Embedding_0001"] = np.inf
+@pytest.mark.parametrize("value", [np.inf, -1e300])
+def test_infinite_and_immense_are_missing(tmp_path, table, value):
+    table.loc[0, "Embedding_0001"] = value
     assert np.isnan(read_profiles(write(tmp_path, table)).wells.values).any(axis=0).tolist() == [False, True, False]
 
 
@@ -144,6 +145,31 @@ def put(column: str, value: object, row: int = 7) -> Callable[[pd.DataFrame], pd
 def test_what_cannot_be_scored_is_told(tmp_path, table, change, sentence):
     with pytest.raises(DataError, match=sentence):
         read_profiles(write(tmp_path, change(table.astype({"Metadata_Concentration": object})), "bad.csv"))
+
+
+def test_without_a_control_or_with_nothing_else_is_noted(tmp_path, table):
+    notes = [read_profiles(write(tmp_path, table), control=name).notes for name in ("DMSO", "mock")]
+    assert not any("score.control" in note for note in notes[0]) and any("No row has the control" in note for note in notes[1])
+    only = read_profiles(write(tmp_path, table[table["Metadata_Compound"] == "DMSO"])).notes
+    assert any("there is no treatment to score" in note for note in only)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (bytes(range(256)) * 9, "cannot be read: its first line has no text"),
+        (b"Metadata_Plate,Metadata_Well,Metadata_Compound,a,a\nP,B02,DMSO,1,2\n", "cannot be read: two columns are named a"),
+    ],
+)
+def test_what_is_no_table_is_told(tmp_path, content, sentence):
+    (tmp_path / "bad.csv").write_bytes(content)
+    with pytest.raises(DataError, match=sentence):
+        read_profiles(tmp_path / "bad.csv")
+
+
+def test_parquet_without_a_column_is_told(tmp_path, table):
+    with pytest.raises(DataError, match="must have a column Metadata_Plate. It has no columns"):
+        read_profiles(write(tmp_path, table[[]]))
 
 
 @pytest.mark.parametrize(

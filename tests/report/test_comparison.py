@@ -50,6 +50,8 @@ def test_runs_that_hold_out_differently_are_not_to_be_ranked(runs):
     assert "should not be ranked" in picture.reading and "leaky  [LEAKY]" in texts(picture) and "going" not in texts(picture)
     alike = comparison_picture([make_run("a", well_accuracy=0.5), make_run("b", well_accuracy=0.7)])
     assert alike.title == "b is best with 70% of held-out wells, a last with 50%" and "ranked" not in alike.reading
+    below = comparison_picture([make_run("a", well_accuracy=0.1), make_run("b", well_accuracy=0.7)])
+    assert below.title.endswith("a last with 10%; BELOW their baselines: a")
     assert comparison_picture([make_run("going"), make_run("a", well_accuracy=0.5)]).title == "Only a is finished"
     assert comparison_picture([make_run("a", well_accuracy=0.5), make_run("b", well_accuracy=0.5)]).title.startswith("All 2 runs get 50%")
 

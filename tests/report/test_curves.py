@@ -60,11 +60,11 @@ def test_accuracy_stands_beside_the_baseline_and_says_whether_it_still_rises():
     summary = make_summary()
     assert (
         accuracy_picture(summary["history"], summary).title
-        == "80% of the held-out wells are right after 4 epochs, 30% above the baseline, still rising"
+        == "80% of the held-out wells are right after 4 epochs, 30 points above the baseline, still rising"
     )
     flat = make_summary(history=[{"epoch": i, "val_accuracy": 0.4, "well_accuracy": 0.4} for i in range(1, 7)], leaky=True)
     picture = accuracy_picture(flat["history"], flat)
-    assert picture.title == "40% of the held-out wells are right after 6 epochs, 10% BELOW the baseline, no longer rising"
+    assert picture.title == "40% of the held-out wells are right after 6 epochs, 10 points BELOW the baseline, no longer rising"
     assert any("[LEAKY]" in text for text in texts(picture))
     without = make_summary(baseline_accuracy=None, baseline_well_accuracy=None)
     assert "baseline" not in accuracy_picture(without["history"], without).title

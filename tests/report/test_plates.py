@@ -77,10 +77,13 @@ def test_titles_state_what_stands_out():
     noise = full_plates(3).assign(Value=lambda t: rng.normal(10, 1, len(t)))
     dim = noise.assign(Value=np.where(noise["Metadata_Plate"] == "P1", noise["Value"] - 8, noise["Value"]))
     assert "mostly between plates" in (title := plate_picture(dim, "Value").title) and "P1 stands furthest out" in title
+    assert "e+0" not in plate_picture(dim.assign(Value=1000 * dim["Value"]), "Value").title
     rim = noise["Metadata_Well"].str.match("[AH]|.*(01|12)$")
     dried = plate_picture(noise.assign(Value=np.where(rim, noise["Value"] - 3, noise["Value"])), "Value").title
     assert "wells at the edge are lower" in dried and "evaporation" in dried
     assert "edge" not in plate_picture(noise, "Value").title
+    alone = noise.assign(Metadata_Treatment=np.where(rim, "DMSO", "drug"), Value=np.where(rim, noise["Value"] - 3, noise["Value"]))
+    assert "edge" not in plate_picture(alone, "Value").title, "what stands at the edge alone may differ for other reasons"
     toxic = noise.assign(Metadata_Treatment=np.where(noise["Metadata_Well"] == "D05", "poison 3", noise["Metadata_Treatment"]))
     toxic = toxic.assign(Metadata_Compound=np.where(noise["Metadata_Well"] == "D05", "poison", noise["Metadata_Compound"]))
     toxic = toxic.assign(Value=np.where(noise["Metadata_Well"] == "D05", 1.0, noise["Value"]))

@@ -65,6 +65,18 @@ def test_leak_of_the_first_table_stands_in_every_title():
         assert picture.title.endswith("— LEAKY")
 
 
+def test_leak_of_the_other_table_stands_in_its_row_and_the_title_does_not_count_it():
+    one = {"rule": "NSC", "first": "network", "value": 0.2, "low": 0.1, "high": 0.3, "p_value": 0.01, "first_leak": ""}
+    fair, leaky = (
+        one | {"second": "baseline: intensity", "second_leak": ""},
+        one | {"second": "other", "low": -0.1, "second_leak": "LEAKY"},
+    )
+    picture = difference_picture([leaky, fair])
+    assert {"NSC: against other  [LEAKY]", "NSC: against intensity"} <= set(texts(picture))
+    assert picture.title == "network is surely better in 1 of 1 comparisons, those with leaky scores apart"
+    assert "apart" not in difference_picture([fair]).title
+
+
 def test_rule_without_any_scored_treatment_is_left_out():
     table = make_table()
     table["nearest"]["NSCB"] = figures(float("nan"), treatments=0) | {"accuracy": None, "low": None, "high": None}

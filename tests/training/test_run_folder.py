@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,13 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path) -> None:
     write_atomically(path, b"old")
     with pytest.raises(TypeError):
         write_atomically(path, "not bytes")  # type: ignore[arg-type]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # as a full disk
+    try:
+        with pytest.raises(OSError, match=f"too large: '{path}'"):
+            write_atomically(path, bytes(1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
