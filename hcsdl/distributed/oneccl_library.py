@@ -78,10 +78,21 @@ def _load_with_needed(path: Path, library: Path) -> ctypes.CDLL:
     """Load `library`; what the loader does not find, and lies in `path`, is loaded first. Sonames move between releases, so none is written down here."""
     for _ in range(100):
         try:
-            return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+            return _opened(library)
         except OSError as error:
             needed = MISSING_FILE.match(str(error))
             if needed is None or needed[1] == str(library) or not (path / needed[1]).exists():
                 raise
             _load_with_needed(path, path / needed[1])
     raise OSError(f"{library} does not load, though everything it needs is in {path}.")
+
+
+def _opened(library: Path) -> ctypes.CDLL:
+    """Return `ctypes.CDLL(library)`, which would hold Python's lock meanwhile: from a slow disk for so long that the other ranks miss our heartbeat."""
+    loader = ctypes.CDLL(None)
+    loader.dlopen.argtypes, loader.dlopen.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
+    loader.dlerror.argtypes, loader.dlerror.restype = [], ctypes.c_char_p
+    handle = loader.dlopen(os.fsencode(library), os.RTLD_NOW | os.RTLD_GLOBAL)
+    if not handle:
+        raise OSError((loader.dlerror() or b"").decode(errors="replace"))
+    return ctypes.CDLL(str(library), handle=handle)

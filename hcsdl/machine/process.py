@@ -60,9 +60,12 @@ def forgive_standard_streams() -> None:
 @contextmanager
 def held_back_output(but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
     """Hold back what native libraries print (file descriptors 1 and 2) inside the context; it is shown by `show_held_output`, or if the context raises
-    anything `but` this. Contexts do not nest.
+    anything `but` this. A context inside another leaves it all to the outer one.
     """
     global _held
+    if _held is not None:
+        yield
+        return
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]

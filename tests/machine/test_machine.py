@@ -95,8 +95,9 @@ print('done')
     assert "noise" in failed.stderr and "more" in failed.stderr and failed.returncode == 1
 
 
-def test_last_words_of_a_thread_are_heard_while_output_is_held_back() -> None:
-    script = """
+@pytest.mark.parametrize("inner", ["with held_back_output():", "if True:"], ids=["nested", "plain"])
+def test_last_words_of_a_thread_are_heard_while_output_is_held_back(inner: str) -> None:
+    script = f"""
 import os, sys, threading, time
 from hcsdl.machine.process import held_back_output, show_held_output
 def end():
@@ -104,7 +105,8 @@ def end():
     print('last words', file=sys.stderr, flush=True)
     os._exit(5)
 with held_back_output():
-    os.write(1, b'noise, ')
+    {inner}
+        os.write(1, b'noise, ')
     threading.Thread(target=end).start()
     time.sleep(100)
 """

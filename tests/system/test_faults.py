@@ -76,7 +76,8 @@ def undisturbed(plates: Path, backend: str, world_size: int, epochs: int) -> str
 def wait_for_checkpoint(folder: Path, step: int, ranks: list[Forked]) -> None:
     limit = time.monotonic() + 150
     while RunFolder(folder).last_saved() < step:
-        assert time.monotonic() < limit and all(rank.poll() in (None, 1) for rank in ranks), "\n".join(rank.said() for rank in ranks)
+        codes = [rank.poll() for rank in ranks]
+        assert time.monotonic() < limit and not {*codes} - {None, 1}, f"{codes}\n" + "\n".join(rank.said() for rank in ranks)
         time.sleep(0.02)
     time.sleep(1.0)  # every rank is in the next step
 
