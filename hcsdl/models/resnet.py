@@ -31,8 +31,8 @@ class ResNet(nn.Module):
     num_classes : length of the logits.
     width : multiplies every layer's channels, see `scaled_channels`.
     zero_init_residual : start the last batch norm of every block at zero (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
-    checkpoint_activations : what the backward pass computes again. none: nothing. selective: all but the outputs of convolutions, and those too of 1×1
-        convolutions to more channels. full: all but the blocks' inputs. (By stage saves far less: the first alone holds 40 % of the activations.)
+    checkpoint_activations : what the backward pass computes again. none: nothing. selective: all but the outputs of convolutions that cost much, see
+        `recomputed`. full: all but the blocks' inputs. (By stage saves far less: the first alone holds 40 % of the activations.)
 
     Attributes
     ----------
