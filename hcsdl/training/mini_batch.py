@@ -89,7 +89,8 @@ def settle(
     before, one = peak_after(0), peak_after(1)
     needs = gather(measured(before, one))
     wanted = asked or share
-    if largest_fitting(needs, wanted, memory_share) < wanted and _fits(needs, 2, memory_share):
+    unsure = asked is None or largest_fitting(needs, wanted, memory_share) < wanted
+    if unsure and wanted > 1 and _fits(needs, 2, memory_share):
         needs = gather(measured(before, one, peak_after(2)))
     fields = asked or largest_fitting(needs, share, memory_share)
     memory_share = 1.0 if asked else memory_share

@@ -41,10 +41,10 @@ def test_auto_takes_the_largest_divisor_that_the_fullest_node_holds(limit: float
 
 
 def test_no_pass_is_made_that_may_not_fit() -> None:
-    """With room for one field but not for two, taken for 1 + 2 × 2.5 a rank, the second pass is not made."""
-    for limit, passes in ((9, [1]), (16, [1, 2]), (1000, [1])):
+    """With room for one field but not for two, taken for 1 + 2 × 2.5 a rank, the second pass is not made; nor for what was asked for and surely fits."""
+    for limit, asked, passes in ((9, None, [1]), (16, None, [1, 2]), (1000, None, [1, 2]), (1000, 12, [1])):
         process = Process(limit)
-        process.settle(None)
+        process.settle(asked)
         assert process.passes == passes, limit
 
 
