@@ -205,13 +205,27 @@ INLINE void block(const Work *w, long row, int rows, long c, int n, float *sums,
     if (pass == APPLY_SLOPES) apply_slopes(w, row, rows, c, n, type, form);
 }
 
+/* Fetch what the next group of rows reads, in the order it lies in memory: blocks jump from row to row, which the processor's own fetching takes badly
+ * where rows are long (256 channels and more: 25 GB/s; so 42). */
+INLINE void fetch_ahead(const Work *w, long row, long c, int pass, int type, int form) {
+    const void *second = pass == SLOPES || (pass == APPLY_SLOPES && form != ADD_RELU) ? w->dy : pass == APPLY_SLOPES ? w->dresidual : w->residual;
+    const void *read[3] = {w->x, pass == MOMENTS || (pass == APPLY && form != ADD_RELU) ? NULL : second, pass == SLOPES && form == ADD_RELU ? w->y : NULL};
+    long bytes = type == BF16 ? 2 : 4, from = ((row + GROUP) * w->channels + GROUP * c) * bytes;
+    for (int i = 0; i < 3; i++)
+        if (read[i]) for (long line = 0; line < GROUP * BLOCK * bytes; line += 64) _mm_prefetch((const char *)read[i] + from + line, _MM_HINT_T0);
+}
+
 INLINE void chunk_of(const Work *w, long number, int pass, int type, int form) {
     long end = (number + 1) * CHUNK < w->rows ? (number + 1) * CHUNK : w->rows, whole = w->channels / BLOCK * BLOCK;
     float *sums = w->sums + number * 2 * w->padded;
     if (pass == MOMENTS || pass == SLOPES) memset(sums, 0, 2 * w->padded * sizeof *sums);
     for (long row = number * CHUNK; row < end; row += GROUP) {
         int rows = end - row < GROUP ? end - row : GROUP;
-        if (rows == GROUP) for (long c = 0; c < whole; c += BLOCK) block(w, row, GROUP, c, BLOCK, sums, pass, type, form);
+        if (rows == GROUP)
+            for (long c = 0; c < whole; c += BLOCK) {
+                fetch_ahead(w, row, c, pass, type, form);
+                block(w, row, GROUP, c, BLOCK, sums, pass, type, form);
+            }
         else for (long c = 0; c < whole; c += BLOCK) block(w, row, rows, c, BLOCK, sums, pass, type, form);
         if (whole < w->channels) block(w, row, rows, whole, w->channels - whole, sums, pass, type, form);
     }
