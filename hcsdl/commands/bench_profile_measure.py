@@ -27,8 +27,8 @@ from hcsdl.models.counts import Convolution, count
 KINDS = ("forward", "input_gradient", "weight_gradient")
 COPIED_BYTES = 256 * 2**20  # far beyond the caches
 REPEATS = 5
-PRODUCTS = ("conv", "aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear", "aten::baddbmm", "onednn")
-"""What operators are called (or a part of it) that are convolutions or matrix products."""
+PRODUCTS = ("conv", "columnbackward", "aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear", "aten::baddbmm", "onednn")
+"""What operators are called (or a part of it) that are convolutions or matrix products; M-CNN's columns have the backward passes of three in one."""
 Ways = dict[str, dict[str, Callable[[], object]]]  # way → kind → call
 
 

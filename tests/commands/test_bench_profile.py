@@ -61,9 +61,14 @@ def test_own_times_leave_out_what_an_operator_calls() -> None:
 
 def test_what_is_a_product() -> None:
     assert all(
-        map(is_product, ("aten::mkldnn_convolution", "aten::convolution_backward", "aten::addmm", "torch_ipex::convolution_forward"))
+        map(
+            is_product,
+            ("aten::mkldnn_convolution", "aten::convolution_backward", "aten::addmm", "torch_ipex::convolution_forward", "_ColumnBackward"),
+        )
     )
-    assert not any(map(is_product, ("aten::native_batch_norm", "aten::copy_", "aten::max_pool2d_with_indices", "aten::threshold_backward")))
+    assert not any(
+        map(is_product, ("aten::native_batch_norm", "aten::copy_", "aten::max_pool2d_with_indices", "aten::threshold_backward", "_Column"))
+    )
 
 
 def test_ceiling_by_hand() -> None:

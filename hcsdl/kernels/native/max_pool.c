@@ -52,7 +52,7 @@ INLINE void store(void *data, int64_t at, int64_t count, v16 value, int bf16)
 INLINE void store_places(void *data, int64_t at, int64_t count, i16 places, int wide)
 {
     h16 two = __builtin_convertvector(places, h16);
-    b16 one = __builtin_convertvector(places, b16);
+    b16 one = __builtin_convertvector(two, b16); /* in two steps: GCC takes one value at a time in one */
     memcpy((char *)data + at * (wide ? 2 : 1), wide ? (void *)&two : (void *)&one, count * (wide ? 2 : 1));
 }
 
@@ -61,7 +61,35 @@ INLINE i16 load_places(const void *data, int64_t at, int64_t count, int wide)
     h16 two = {0};
     b16 one = {0};
     memcpy(wide ? (void *)&two : (void *)&one, (const char *)data + at * (wide ? 2 : 1), count * (wide ? 2 : 1));
-    return wide ? __builtin_convertvector(two, i16) : __builtin_convertvector(one, i16);
+    return __builtin_convertvector(wide ? two : __builtin_convertvector(one, h16), i16);
+}
+
+/* `count` is LANES as a constant for all vectors but the last of a pixel. */
+INLINE void forward_vector(
+    const Shape *s, const void *in, void *out, void *places, int64_t from, int64_t at, int64_t top, int64_t bottom, int64_t left, int64_t right,
+    int64_t count, int bf16, int wide)
+{
+    v16 best = load(in, from + (top * s->width + left) * s->channels, count, bf16);
+    i16 place = (i16){0} + (int32_t)(top * s->kernel + left);
+    for (int64_t y = top; y < bottom; y++) {
+        for (int64_t x = left; x < right; x++) {
+            v16 value = load(in, from + (y * s->width + x) * s->channels, count, bf16);
+            i16 take = (i16)(value > best) | (i16)(value != value);
+            best = (v16)((take & (i16)value) | (~take & (i16)best));
+            place = (take & (int32_t)(y * s->kernel + x)) | (~take & place);
+        }
+    }
+    store(out, at, count, best, bf16);
+    if (places) store_places(places, at, count, place, wide);
+}
+
+INLINE void forward_pixel(
+    const Shape *s, const void *in, void *out, void *places, int64_t from, int64_t at, int64_t top, int64_t bottom, int64_t left, int64_t right,
+    int bf16, int wide)
+{
+    int64_t c = 0;
+    for (; c + LANES <= s->channels; c += LANES) forward_vector(s, in, out, places, from + c, at + c, top, bottom, left, right, LANES, bf16, wide);
+    if (c < s->channels) forward_vector(s, in, out, places, from + c, at + c, top, bottom, left, right, s->channels - c, bf16, wide);
 }
 
 INLINE void forward_row(const Shape *s, const void *in, void *out, void *places, int64_t row, int bf16, int wide)
@@ -70,59 +98,61 @@ INLINE void forward_row(const Shape *s, const void *in, void *out, void *places,
     int64_t y0 = oy * s->stride - s->padding, top = y0 < 0 ? -y0 : 0, bottom = s->height - y0 < s->kernel ? s->height - y0 : s->kernel;
     for (int64_t ox = 0; ox < s->out_width; ox++) {
         int64_t x0 = ox * s->stride - s->padding, left = x0 < 0 ? -x0 : 0, right = s->width - x0 < s->kernel ? s->width - x0 : s->kernel;
-        for (int64_t c = 0; c < s->channels; c += LANES) {
-            int64_t count = s->channels - c < LANES ? s->channels - c : LANES, at = (row * s->out_width + ox) * s->channels + c;
-            v16 best = load(in, (plane + (y0 + top) * s->width + x0 + left) * s->channels + c, count, bf16);
-            i16 place = (i16){0} + (int32_t)(top * s->kernel + left);
-            for (int64_t y = top; y < bottom; y++) {
-                int64_t from = (plane + (y0 + y) * s->width + x0) * s->channels + c;
-                for (int64_t x = left; x < right; x++) {
-                    v16 value = load(in, from + x * s->channels, count, bf16);
-                    i16 take = (i16)(value > best) | (i16)(value != value);
-                    best = (v16)((take & (i16)value) | (~take & (i16)best));
-                    place = (take & (int32_t)(y * s->kernel + x)) | (~take & place);
-                }
-            }
-            store(out, at, count, best, bf16);
-            if (places) store_places(places, at, count, place, wide);
+        int64_t from = (plane + y0 * s->width + x0) * s->channels, at = (row * s->out_width + ox) * s->channels;
+        forward_pixel(s, in, out, places, from, at, top, bottom, left, right, bf16, wide);
+    }
+}
+
+/* The sum over the windows first … last by left … right that this pixel, number y, x of the padded image, was the maximum of. */
+INLINE void backward_vector(
+    const Shape *s, const void *gradient, const void *places, void *out, int64_t from, int64_t at, int64_t y, int64_t x, int64_t first, int64_t last,
+    int64_t left, int64_t right, int64_t count, int bf16, int wide)
+{
+    v16 sum = {0};
+    for (int64_t oy = first; oy <= last; oy++) {
+        for (int64_t ox = left; ox <= right; ox++) {
+            int64_t window = from + (oy * s->out_width + ox) * s->channels;
+            i16 here = load_places(places, window, count, wide) == (int32_t)((y - oy * s->stride) * s->kernel + x - ox * s->stride);
+            sum += (v16)(here & (i16)load(gradient, window, count, bf16));
         }
     }
+    store(out, at, count, sum, bf16);
 }
 
 INLINE void backward_row(const Shape *s, const void *gradient, const void *places, void *out, int64_t row, int bf16, int wide)
 {
-    int64_t y = row % s->height + s->padding, plane = row / s->height * s->out_height * s->out_width;
+    int64_t y = row % s->height + s->padding, from = row / s->height * s->out_height * s->out_width * s->channels;
     int64_t first = y < s->kernel ? 0 : (y - s->kernel) / s->stride + 1, last = y / s->stride < s->out_height ? y / s->stride : s->out_height - 1;
     for (int64_t column = 0; column < s->width; column++) {
-        int64_t x = column + s->padding;
+        int64_t x = column + s->padding, at = (row * s->width + column) * s->channels, c = 0;
         int64_t left = x < s->kernel ? 0 : (x - s->kernel) / s->stride + 1, right = x / s->stride < s->out_width ? x / s->stride : s->out_width - 1;
-        for (int64_t c = 0; c < s->channels; c += LANES) {
-            int64_t count = s->channels - c < LANES ? s->channels - c : LANES;
-            v16 sum = {0};
-            for (int64_t oy = first; oy <= last; oy++) {
-                for (int64_t ox = left; ox <= right; ox++) {
-                    int64_t at = (plane + oy * s->out_width + ox) * s->channels + c;
-                    i16 here = load_places(places, at, count, wide) == (int32_t)((y - oy * s->stride) * s->kernel + x - ox * s->stride);
-                    sum += (v16)(here & (i16)load(gradient, at, count, bf16));
-                }
-            }
-            store(out, (row * s->width + column) * s->channels + c, count, sum, bf16);
-        }
+        for (; c + LANES <= s->channels; c += LANES)
+            backward_vector(s, gradient, places, out, from + c, at + c, y, x, first, last, left, right, LANES, bf16, wide);
+        if (c < s->channels)
+            backward_vector(s, gradient, places, out, from + c, at + c, y, x, first, last, left, right, s->channels - c, bf16, wide);
     }
 }
+
+/* A row by the code made for its types, and for ResNet's windows of 3 x 3 by 2 made with these as constants. */
+#define BY_TYPE(row_of, s, first, second, third)                       \
+    do {                                                               \
+        if (bf16 && wide) row_of(s, first, second, third, row, 1, 1);  \
+        else if (bf16) row_of(s, first, second, third, row, 1, 0);     \
+        else if (wide) row_of(s, first, second, third, row, 0, 1);     \
+        else row_of(s, first, second, third, row, 0, 0);               \
+    } while (0)
 
 /* `places` may be null; `wide`: two bytes each. */
 void max_pool_forward(
     const void *in, void *out, void *places, int64_t images, int64_t height, int64_t width, int64_t channels, int64_t kernel, int64_t stride,
     int64_t padding, int64_t out_height, int64_t out_width, int64_t bf16, int64_t wide, int64_t threads)
 {
-    Shape s = {height, width, channels, kernel, stride, padding, out_height, out_width};
+    Shape any = {height, width, channels, kernel, stride, padding, out_height, out_width};
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < images * out_height; row++) {
-        if (bf16 && wide) forward_row(&s, in, out, places, row, 1, 1);
-        else if (bf16) forward_row(&s, in, out, places, row, 1, 0);
-        else if (wide) forward_row(&s, in, out, places, row, 0, 1);
-        else forward_row(&s, in, out, places, row, 0, 0);
+        Shape three = {height, width, channels, 3, 2, padding, out_height, out_width};
+        if (kernel == 3 && stride == 2) BY_TYPE(forward_row, &three, in, out, places);
+        else BY_TYPE(forward_row, &any, in, out, places);
     }
 }
 
@@ -130,13 +160,12 @@ void max_pool_backward(
     const void *gradient, const void *places, void *out, int64_t images, int64_t height, int64_t width, int64_t channels, int64_t kernel,
     int64_t stride, int64_t padding, int64_t out_height, int64_t out_width, int64_t bf16, int64_t wide, int64_t threads)
 {
-    Shape s = {height, width, channels, kernel, stride, padding, out_height, out_width};
+    Shape any = {height, width, channels, kernel, stride, padding, out_height, out_width};
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < images * height; row++) {
-        if (bf16 && wide) backward_row(&s, gradient, places, out, row, 1, 1);
-        else if (bf16) backward_row(&s, gradient, places, out, row, 1, 0);
-        else if (wide) backward_row(&s, gradient, places, out, row, 0, 1);
-        else backward_row(&s, gradient, places, out, row, 0, 0);
+        Shape three = {height, width, channels, 3, 2, padding, out_height, out_width};
+        if (kernel == 3 && stride == 2) BY_TYPE(backward_row, &three, gradient, places, out);
+        else BY_TYPE(backward_row, &any, gradient, places, out);
     }
 }
 
