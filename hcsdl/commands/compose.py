@@ -51,7 +51,11 @@ def _dotted(config: DictConfig, prefix: str = "") -> list[str]:
 
 
 def _unknown(key: str, command: str) -> str:
-    near = difflib.get_close_matches(key, known_keys(COMMANDS[command]), n=1, cutoff=0.5)
+    known = known_keys(COMMANDS[command])
+    group, _, last = key.rpartition(".")
+    beside = {name.rpartition(".")[2]: name for name in known if group and name.rpartition(".")[0] == group}
+    found = difflib.get_close_matches(last, beside, n=1) if beside else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = [beside.get(name, name) for name in found]
     return f"{key} is not a setting of `hcsdl {command}`.{f' Did you mean {near[0]}?' if near else ''} `hcsdl {command} --help` lists all."
 
 
@@ -119,6 +123,9 @@ def value_of(config: object, key: str) -> object:
     return config
 
 
+KINDS = {"Float": "a number", "Integer": "a whole number", "bool": "true or false"}  # OmegaConf's names, and ours
+
+
 def one_line(error: Exception, command: str) -> str:
     """Return Hydra's or OmegaConf's complaint as one line that names the key, and the nearest known key where it is unknown."""
     text = " ".join(str(error).split())
@@ -138,5 +145,10 @@ def one_line(error: Exception, command: str) -> str:
             return f"{group.group(1)} must be one of {', '.join(group.group(2).split())}. Got {found.group(1).split('/')[-1]!r} instead."
     if getattr(error, "override", None):
         return f"{error.override} cannot be read as key=value: {str(error).splitlines()[0]}; quote special characters."
+    unlike = re.match(
+        r"Value '(.*?)'(?: of type '\w+')? (?:could not be converted to (Float|Integer)|is not a valid (bool))", str(cause or error)
+    )
+    if unlike and key:
+        return f"{key} must be {KINDS[unlike[2] or unlike[3]]}. Got {unlike[1]!r} instead."
     detail = " ".join(str(cause).split("\n")[0].split()) if cause is not None else str(error).split("\n")[0]
     return f"{key}: {detail}" if key and key not in detail else detail or text

@@ -230,7 +230,7 @@ def _missing_words(index: Index, missing: np.ndarray) -> str:
     return (
         f"Every image in the list must be under plates.root, {index.root}, in its folder there or in that folder's last part: "
         f"missing are {len(rows)} of {missing.size} images, of {fields} of {len(missing)} fields ({'; '.join(first)}{dots}). "
-        "Copy them there, or leave these fields out with plates.query; `hcsdl check` lists all."
+        "Copy them there, or leave these fields out with data.on_bad_image=skip or plates.query; `hcsdl check` lists all."
     )
 
 
