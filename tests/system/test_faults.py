@@ -248,7 +248,7 @@ def test_ten_random_kills_over_one_training_leave_the_undisturbed_weights(tiny_p
         ranks = start_ranks(["rank", str(folder.path)], 2, tmp_path / "output")
         if len(started) < len(steps):
             after = steps[len(started)] and max(steps[len(started)], folder.last_saved() + 1)
-            victims = choose.sample(ranks, 1 if len(started) in (2, 8) else 2)
+            victims = choose.sample(ranks, 1 if len(started) == 5 else 2)
             threading.Thread(target=kill, args=([rank.pid for rank in victims], folder.attempt, after, choose.random())).start()
         started.append(ranks)
         return ranks
