@@ -173,12 +173,12 @@ FAULTS = [
     Fault(
         "time in which a rank was itself suspended counts as the others' silence", "hcsdl/distributed/heartbeat.py",
         "passed_s, before = min(now - before, self._beat_s), now", "passed_s, before = now - before, now",
-        "tests/distributed/test_heartbeat.py::test_a_rank_that_was_itself_suspended_accuses_nobody", error="BrokenPipeError",
+        "tests/distributed/test_heartbeat.py::test_of_ranks[a_rank_that_was_itself_suspended_accuses_nobody]", error="BrokenPipeError",
     ),
     Fault(
         "who waits for a stuck rank is taken for stuck, too", "hcsdl/distributed/heartbeat.py",
         "for rank, peer in self._peers.items() if peer.notes == fewest}", "for rank, peer in self._peers.items() if peer.notes < self._note[0]}",
-        "tests/distributed/test_heartbeat.py::test_a_rank_that_beats_but_stays_behind_is_stuck_inside_a_step_only",
+        "tests/distributed/test_heartbeat.py::test_of_ranks[a_rank_that_beats_but_stays_behind_is_stuck_inside_a_step_only]",
     ),
     Fault(
         "cores kept aside are computed on", "hcsdl/machine/placement.py",

@@ -6,6 +6,7 @@ In: a validated `EmbedCommand`. Out: an exit code, and a table by default in the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -45,17 +46,22 @@ MAY_CHANGE = (
 
 def run(config: EmbedCommand) -> int:
     """Embed, from the beginning or from where the folder beside the table stands; return the exit code."""
-    training = training_run(config.checkpoint)
-    config = completed(config, training)
+
+    @functools.cache
+    def known() -> tuple[EmbedCommand, RunFolder]:
+        """Return the completed settings and the run; not asked for before one rank alone opens the folder, so that an error is told once."""
+        training = training_run(config.checkpoint)
+        return completed(config, training), training
+
     return run_job(
         Job(
             "embed",
             config,
             places=lambda: plan_ranks(config),
             check=lambda ranks: None,
-            open=lambda: open_work_folder(config),
-            finished=lambda folder: finished(folder, config, training),
-            prepare=lambda folder: prepare_or_remove(folder, config, training),
+            open=lambda: open_work_folder(known()[0]),
+            finished=lambda folder: finished(folder, *known()),
+            prepare=lambda folder: prepare_or_remove(folder, *known()),
         )
     )
 

@@ -87,7 +87,7 @@ def embed_fields(config: EmbedCommand, folder: WorkFolder, identity: Identity, s
     with tqdm(
         total=len(index.table), initial=min(len(done) * size, len(index.table)), desc="embedding", unit="field", disable=group.rank > 0
     ) as bar:
-        stream = outputs(network, loader, kernels, pad_to=size)
+        stream = outputs(network, loader, kernels, group.in_step, pad_to=size)
         _rounds(stream, -(-len(todo) // group.world_size), config.embed.save_every_s, folder, group, stop, bar)
     seconds = time.monotonic() - begun
     if todo:

@@ -34,8 +34,6 @@ MAY_CHANGE = {
 
 def run(config: TrainCommand) -> int:
     """Train, from the beginning or from where the run folder stands; return the exit code."""
-    if config.plates.root is None:
-        raise ConfigError("plates.root must be given: the folder with the CSV files and the images. Got null instead.")
     return run_job(
         Job(
             "train",
@@ -50,7 +48,9 @@ def run(config: TrainCommand) -> int:
 
 
 def open_run_folder(config: TrainCommand) -> RunFolder:
-    """Return the run folder, locked for us."""
+    """Return the run folder, locked for us. Raises ConfigError where no plates are given: before there is a folder, and on one rank alone."""
+    if config.plates.root is None:
+        raise ConfigError("plates.root must be given: the folder with the CSV files and the images. Got null instead.")
     path = Path(config.run_dir) if config.run_dir else Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.name}"
     number = 2
     while config.run_dir is None and path.exists():  # two runs in one second

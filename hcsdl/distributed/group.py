@@ -110,7 +110,7 @@ class Group:
             raise LostRank(f"rank {self.rank} of {self.world_size}: {what} #{self._begun} failed: {why}") from error
 
     def in_step(self) -> AbstractContextManager:
-        """Return a context in which no rank works while the others wait: who falls behind for `distributed.stall_s` there is lost."""
+        """Return a context for a piece of work that every rank does as fast: who stays in it, behind the others, for `distributed.stall_s` is lost."""
         return self._heart.in_step() if self._heart else nullcontext()
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:

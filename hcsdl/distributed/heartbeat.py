@@ -6,10 +6,11 @@ leaves in trouble; rank 0 (rather, the store beside it) when the store does not 
 before. All clocks are this process's own, and time in which it was itself suspended does not count. Whoever finds a loss tells it to the ranks that
 can still be reached, so that all say the same. No promise is made about ranks that were never heard: meeting at the start has a time-out of its own.
 
-A rank that beats may hang all the same. Its beat says how many collectives it has begun, and whether it is inside a step, where ranks keep pace
-(`in_step`). Inside one, the rank that has begun the fewest is stuck when another has been ahead of it for `stall_s`, or for twice as long as any
-step's part took lately, if that is longer. Elsewhere one rank may work while the others wait (saving, scoring, reading plates), so there a rank that
-hangs is found by the collective's own time-out; so is one that hangs where all have begun the same collective.
+A rank that beats may hang all the same. Its beat says how many collectives it has begun, and which step it is inside, if any (`in_step`): a piece of
+work that takes every rank about as long, whether or not the others do theirs at the same time. The rank that has begun the fewest collectives is stuck
+when it has been inside one step, and another ahead of it, for `stall_s`, or for twice as long as any part of a step took here lately, if that is longer.
+Elsewhere one rank may work while the others wait (saving, scoring, reading plates), so there a rank that hangs is found by the collective's own
+time-out; so is one that hangs where all have begun the same collective.
 
 A main thread that hears of the loss raises `LostRank` from its collective. Where it cannot (oneCCL's calls cannot be aborted, gloo waits for a
 stalled peer until its time-out) the watching thread ends the process with code 5.
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 EVIDENCE_S = 3.0  # silence that convicts once a collective has failed or the store has closed its connection; a guess, above one beat
-LATELY = 64  # collectives, which are the parts of some steps; a guess
+LATELY = 64  # parts of steps, which end with a collective or with the step; a guess
 LEAVE_S = 3.0  # what the main thread has for raising LostRank after a loss was found; a guess
 RANKS_READ_A_SECOND = 64  # a read of 256 beats takes 0.8 – 1.8 ms, measured here: with 256 ranks the store is then busy for a few percent
 HERE, DONE, TROUBLE, LOST = "here", "done", "trouble", "lost"
@@ -55,7 +56,7 @@ class LostRank(RuntimeError):
 
 @dataclass
 class Peer:
-    """Another rank as last heard; `silent_s` counts since its beat last changed, `behind_s` since it has been in a step, at the same note, and behind us."""
+    """Another rank as last heard; `silent_s` counts since its beat last changed, `behind_s` since it has been in one step (0: in none), at one note, and behind us."""
 
     beat: int = -1
     host: str = "an unknown host"
@@ -63,7 +64,7 @@ class Peer:
     note: str = ""
     state: str = HERE
     said: str = ""
-    in_step: bool = False
+    step: int = 0
     silent_s: float = 0.0
     behind_s: float = 0.0
 
@@ -84,7 +85,8 @@ class Heartbeat:
         self._host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # as an Identity's
         self._beat, self._state, self._said = 0, HERE, ""
         self._note, self._numbers = (0, ""), itertools.count(1)
-        self._in_step, self._noted, self._parts_s = False, 0.0, deque([0.0], maxlen=LATELY)
+        self._step, self._steps = 0, itertools.count(1)
+        self._noted, self._parts_s = 0.0, deque([0.0], maxlen=LATELY)
         self._peers: dict[int, Peer] = {}
         self._callbacks: list[Callable[[str], None]] = []
         self._suspicious = self._closed = self._told = False
@@ -101,18 +103,23 @@ class Heartbeat:
     def note(self, text: str) -> None:
         """Say which collective this rank begins now; it goes out with the next beat. All ranks give the same notes in the same order."""
         self._note = next(self._numbers), text
-        if self._in_step:
-            self._parts_s.append(time.monotonic() - self._noted)
-            self._noted = time.monotonic()
+        if self._step:
+            self._part_is_done()
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
-        """Inside the context all ranks keep pace: one that falls behind the others for `stall_s` is stuck."""
-        self._in_step, self._noted = True, time.monotonic()
+        """Inside the context all ranks keep pace: one that stays in it, behind the others, for `stall_s` is stuck."""
+        self._step, self._noted = next(self._steps), time.monotonic()
         try:
             yield
         finally:
-            self._in_step = False
+            self._part_is_done()
+            self._step = 0
+
+    def _part_is_done(self) -> None:
+        now = time.monotonic()
+        self._parts_s.append(now - self._noted)
+        self._noted = now
 
     def on_lost(self, callback: Callable[[str], None]) -> None:
         """Call `callback(sentence)` once, from the watching thread, when a rank is lost; at once, from this one, where that was told already."""
@@ -178,7 +185,7 @@ class Heartbeat:
 
     def _publish(self) -> None:
         self._beat += 1
-        self._client.set(_key(self.rank), json.dumps([self._beat, self._host, *self._note, self._state, self._said, self._in_step]))
+        self._client.set(_key(self.rank), json.dumps([self._beat, self._host, *self._note, self._state, self._said, self._step]))
 
     def _read(self) -> None:
         others = [rank for rank in range(self.world_size) if rank != self.rank]
@@ -190,7 +197,7 @@ class Heartbeat:
             self._unanswered_s = 0.0
             for rank, peer in heard.items():
                 before = self._peers.get(rank, peer)
-                if peer.in_step and before.notes == peer.notes < self._note[0]:
+                if peer.step and (before.step, before.notes) == (peer.step, peer.notes) and peer.notes < self._note[0]:
                     peer.behind_s = before.behind_s
             unchanged = {rank: peer for rank, peer in self._peers.items() if rank in heard and heard[rank].beat == peer.beat}
             self._peers = heard | unchanged
@@ -258,7 +265,7 @@ class Heartbeat:
         """Return a sentence on who has stopped inside a step while this rank went on, "" where nobody has."""
         fewest = min((peer.notes for peer in self._peers.values()), default=0)
         last = {rank: peer for rank, peer in self._peers.items() if peer.notes == fewest}
-        if fewest >= self._note[0] or len(self._peers) < self.world_size - 1 or not all(peer.in_step for peer in last.values()):
+        if fewest >= self._note[0] or len(self._peers) < self.world_size - 1 or not all(peer.step for peer in last.values()):
             return ""
         limit_s = max(self.stall_s, 2 * max(self._parts_s))
         stuck = sorted(rank for rank, peer in last.items() if peer.state == HERE and peer.behind_s >= limit_s)

@@ -6,8 +6,8 @@ or logits in row order of all ranks (`predict`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -18,12 +18,17 @@ from hcsdl.kernels import Kernels
 
 
 def outputs(
-    model: torch.nn.Module, loader: Iterable[MiniBatch], kernels: Kernels, pad_to: int | None = None
+    model: torch.nn.Module,
+    loader: Iterable[MiniBatch],
+    kernels: Kernels,
+    in_step: Callable[[], AbstractContextManager] = nullcontext,
+    pad_to: int | None = None,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Yield (rows int64 (n,), labels int64 (n,), what the model returns: one or several tensors float32 (n, …)) of each mini-batch, on the processor.
 
     The model runs in evaluation mode and without gradients; between two mini-batches it is in its own mode. With `pad_to` a smaller mini-batch is
     filled up to so many fields with copies of its last one, which are taken off again: kernels choose their order of additions by the shape.
+    Each runs inside an `in_step()` of its own, a group's: a rank whose network hangs is missed by those that have gone on to a collective.
     """
     for batch in loader:
         images, missing = batch.images, (pad_to or 0) - len(batch.images)
@@ -32,12 +37,12 @@ def outputs(
         training = model.training
         model.eval()
         try:
-            with torch.no_grad(), kernels.autocast():
+            with in_step(), torch.no_grad(), kernels.autocast():
                 found = model(images)
+                found = [one[: len(batch.images)].float().cpu() for one in (found if isinstance(found, tuple) else (found,))]
         finally:
             model.train(training)
-        found = found if isinstance(found, tuple) else (found,)
-        yield batch.rows, batch.labels.cpu(), *(one[: len(batch.images)].float().cpu() for one in found)
+        yield batch.rows, batch.labels.cpu(), *found
 
 
 def predict(
@@ -48,7 +53,7 @@ def predict(
     Ranks may hold different numbers of fields, none included. The model is put into evaluation mode and back. Raises DataError where no rank
     has a field.
     """
-    parts = list(outputs(model, loader, kernels))
+    parts = list(outputs(model, loader, kernels, group.in_step))
     parts = [part for rank in group.all_gather_object(parts) for part in rank]
     if not parts:
         raise DataError("at least one field held out must be readable. None is: `hcsdl check` lists what is wrong with them.")

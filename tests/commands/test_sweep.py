@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from hcsdl.commands import slurm
 from hcsdl.commands.slurm import fruitless_starts, goes_on
 from hcsdl.commands.sweep import combinations, launcher_fields, run
 from hcsdl.commands.sweep_table import JOB, print_table, write_sweep
@@ -87,6 +89,21 @@ def test_the_fields_of_the_submitit_launcher_reach_the_batch_script() -> None:
     fields = launcher_fields(["experiment=tiny", "hydra/launcher=submitit_slurm", "hydra.launcher.nodes=8", "hydra.launcher.partition=cpu"])
     assert fields["nodes"] == 8 and fields["partition"] == "cpu" and fields["timeout_min"] == 60
     assert "_target_" not in fields and None not in fields.values()
+
+
+def test_an_array_element_without_all_of_its_numbers_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "ARRAY_TASK_MIN"):
+        monkeypatch.setenv(f"SLURM_{name}", "0")
+    for name in ("SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["slurm", "-m", "experiment=tiny", "seed=0,1"])
+    assert slurm.main() == 2
+    said = capsys.readouterr().err
+    assert "Missing: SLURM_ARRAY_TASK_MAX, SLURM_ARRAY_TASK_COUNT; sbatch sets them all." in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -57,9 +58,9 @@ def on_ranks(function: object, world_size: int) -> list[dict]:
     return said
 
 
-def end_codes(function: object, times: int, at_once: int) -> list[int]:
-    """Start `function()` on `times` pairs of ranks, so many at once, each of which ends as a Python of its own does; return their exit codes."""
-    words = [sys.executable, "-m", __name__, name_of(function), str(times), str(at_once)]
+def end_codes(functions: Sequence[object], pairs: int) -> list[int]:
+    """Start each function on so many pairs of ranks at once, one function after the other; each rank ends as a Python of its own does; return their exit codes."""
+    words = [sys.executable, "-m", __name__, str(pairs), *map(name_of, functions)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -113,11 +114,11 @@ def main() -> int:
     import pytest  # noqa: F401  what the ranks' test modules import, once for all
     import torch.distributed.nn  # noqa: F401
 
-    name, times, at_once = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    pairs, names = int(sys.argv[1]), sys.argv[2:]
     parent, codes = os.getpid(), []
-    for _ in range(0, times, at_once):
+    for name in names:
         ranks = []
-        for port in [free_port() for _ in range(at_once)]:
+        for port in [free_port() for _ in range(pairs)]:
             for rank in range(2):
                 if not (pid := os.fork()):
                     die_with_parent(parent)

@@ -55,8 +55,8 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_ipex_and_oneccl_share_a_process() -> None:
     """A collective and an IPEX kernel work in one process, whichever was imported first."""
     pytest.importorskip("intel_extension_for_pytorch")
-    for function in (ipex_first, ipex_last):
-        assert [one["value"] for one in on_ranks(function, 1)] == [True]
+    for ranks in [start(function, 1) for function in (ipex_first, ipex_last)]:
+        assert [one.get("value") for one in finish(ranks)] == [True]
 
 
 def ipex_first() -> bool:
@@ -291,18 +291,19 @@ def one_rank_stays_away() -> None:
     dist.all_reduce(torch.ones(4))
     dist.broadcast(torch.ones(6), 0)
     if dist.get_rank() == 1:
-        time.sleep(12)
-        return
+        time.sleep(100)
     gradients(lambda m: torch.nn.parallel.DistributedDataParallel(m, bucket_cap_mb=0.1, init_sync=False))
 
 
 def test_a_time_out_names_the_collective_and_who_has_not_reached_it() -> None:
     """A collective inside DDP's backward that outlasts the time-out raises there, in a sentence; the process ends with code 5."""
-    waiting, away = finish(start(one_rank_stays_away, 2, timeout_s=4))
+    ranks = start(one_rank_stays_away, 2, timeout_s=4)
+    ranks[0].wait(100)
+    ranks[1].kill()
+    waiting, _ = finish(ranks)
     assert waiting["code"] == 5
     assert "rank 0 of 2" in waiting["text"] and "all_reduce #" in waiting["text"] and "time-out of 4 s" in waiting["text"]
     assert "not reached by rank 1 (" in waiting["text"] and "last in broadcast #3 float32 24 B" in waiting["text"]
-    assert away["code"] in (0, 5)  # it may hear that the other has left
 
 
 def test_who_does_not_come_to_the_meeting_is_named() -> None:
@@ -324,10 +325,9 @@ def leave_at_once() -> int:
     return 1
 
 
-@pytest.mark.parametrize("function", ["leave_at_once", "in_flight"])
-def test_processes_end_by_themselves(function: str) -> None:
-    """Ten pairs with and ten without destroy_process_group: every process ends with code 0 within the time that is waited."""
-    assert end_codes(globals()[function], 10, at_once=5) == [0] * 20
+def test_processes_end_by_themselves() -> None:
+    """Five pairs with and five without destroy_process_group: every process ends with code 0 within the time that is waited."""
+    assert end_codes([leave_at_once, in_flight], 5) == [0] * 20
 
 
 def test_a_meeting_without_a_store_names_rank_0() -> None:

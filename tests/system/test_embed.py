@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -136,6 +138,33 @@ def test_killed_and_stopped_commands_go_on_to_the_same_bytes(run: Path, tmp_path
     assert output.read_bytes() == (tmp_path / "alone.parquet").read_bytes() and not work.path.exists()
     assert "is there already" in forked.run(*more).stderr
     assert "is another table" in forked.run(*more, "embed.by=well", code=2).stderr
+
+
+def hang_in_the_third_mini_batch() -> None:
+    """Give this rank a network that does not come back."""
+    from hcsdl.commands import embed_fields
+
+    sound, seen = embed_fields.for_inference, itertools.count()
+
+    def hang(*_: object) -> None:
+        if next(seen) == 2:
+            time.sleep(1000)
+
+    def for_inference(*given: object) -> object:
+        network = sound(*given)
+        network.register_forward_pre_hook(hang)
+        return network
+
+    embed_fields.for_inference = for_inference
+
+
+def test_a_rank_that_hangs_is_missed_and_named(run: Path, tmp_path: Path) -> None:
+    more = ["embed.save_every_s=0", "distributed.silence_s=5", "distributed.stall_s=5"]
+    ranks = start_ranks(words(run, tmp_path / "table.parquet", *more), 2, tmp_path / "said", {1: hang_in_the_third_mini_batch})
+    for rank in ranks:
+        assert rank.wait(60) == 5, rank.said()
+        assert re.search(r"rank 1 on .* is stuck: it beats, but has not come to all_gather", rank.said())
+    assert WorkFolder(tmp_path / "table.work").last_saved() == 2
 
 
 def test_new_plates_without_labels(run: Path, tiny_plates: Path, tmp_path: Path) -> None:

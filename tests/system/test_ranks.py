@@ -62,13 +62,18 @@ def test_torchrun_gives_the_same_weights(tiny_plates: Path, tmp_path: Path) -> N
     assert (tmp_path / "torchrun" / "logs" / "rank1.log").exists()
 
 
-def test_torchrun_tells_a_bad_plate_once(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "hcsdl", "train", f"plates.root={tmp_path}", f"run_dir={tmp_path}/run"],
-        env=runs.environment(), capture_output=True, text=True, check=False, timeout=200,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert done.stderr.count("hcsdl: plates.root must hold") == 1
+def test_what_is_wrong_for_all_ranks_is_told_once(tmp_path: Path) -> None:
+    run = ["train", f"run_dir={tmp_path}/run"]
+    wrong = [
+        (3, "plates.root must hold", [*run, f"plates.root={tmp_path}"]),
+        (3, "plates.root must be a folder", [*run, f"plates.root={tmp_path}/none"]),
+        (2, "plates.root must be given", run),
+        (2, "checkpoint must be a run folder", ["embed", f"checkpoint={tmp_path}/none"]),
+    ]
+    for number, (code, said, words) in enumerate(wrong):
+        ranks = start_ranks(words, 2, tmp_path / str(number))
+        assert [rank.wait(100) for rank in ranks] == [code, code], ranks[0].said()
+        assert "".join(rank.said() for rank in ranks).count(f"hcsdl: {said}") == 1
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

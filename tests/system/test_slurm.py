@@ -9,14 +9,15 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from hcsdl.commands import cli
 from tests import runs
-from tests.slurm_cluster import MISSING, PROJECT, Cluster, wait_until
+from tests.slurm_cluster import ENDED, MISSING, PROJECT, Cluster, wait_until
 
 pytestmark = [pytest.mark.skipif(bool(MISSING), reason=f"Slurm is not installed here: no {MISSING}"), pytest.mark.timeout(600)]
 
@@ -42,7 +43,12 @@ class Submitted:
         self.run, self.log = folder / "runs" / f"{self.job}_tiny", folder / f"hcsdl-{self.job}.out"
 
     def wait_for_step(self, step: int, attempt: int) -> None:
-        wait_until(lambda: runs.last_step(self.run, attempt) >= step, f"step {step} of attempt {attempt}", log=self.log)
+        self.wait_until(lambda: runs.last_step(self.run, attempt) >= step, f"step {step} of attempt {attempt}")
+
+    def wait_until(self, true: Callable[[], bool], what: str) -> None:
+        """Wait until `true()`; fail where the job ends before."""
+        wait_until(lambda: true() or self.cluster.state(self.job) in ENDED, what, log=self.log)
+        assert true(), f"{what} did not come before the job's end\n{self.log.read_text()}"
 
     def finish(self) -> dict:
         """Wait for its end and return the run's summary."""
@@ -96,7 +102,7 @@ def test_a_killed_rank_and_a_dead_node_cost_restarts_and_no_bit(
     job.wait_for_step(9, attempt=2)
     assert "rank 1" in job.log.read_text() and "ended with code 5 and goes back into the queue" in job.log.read_text()
     cluster.kill_node("n2")
-    wait_until(lambda: cluster.field(job.job, "Restarts") == "2", "the job back in the queue", log=job.log)
+    job.wait_until(lambda: cluster.field(job.job, "Restarts") == "2", "the job back in the queue")
     cluster.start_node("n2")
     assert job.finish()["attempts"] == 3
     assert runs.digest(job.run) == undisturbed[1]
@@ -113,7 +119,7 @@ def test_an_embedding_is_shared_by_two_nodes_and_goes_back_into_the_queue(
         job = cluster.sbatch(*TWO_NODES, EMBED, f"checkpoint={run}", f"embed.output={output}", *words, folder=tmp_path)
         log = tmp_path / f"hcsdl-{job}.out"
         parts = output.with_suffix(".work") / "parts"
-        wait_until(lambda: list(parts.glob("*.npz")) or output.exists(), "something saved", log=log)  # noqa: B023
+        wait_until(lambda: list(parts.glob("*.npz")) or cluster.state(job) in ENDED, "something saved", log=log)  # noqa: B023
         cluster.ask("scancel", "--batch", "--signal=USR1", job)
         assert cluster.wait(job, log) == "COMPLETED", log.read_text()
         if cluster.field(job, "Restarts") == "1":
@@ -181,9 +187,9 @@ def test_submitit_driver_ends_although_a_job_died(cluster: Cluster, tiny_plates:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
-        wait_until(
-            lambda: runs.last_step(folder / "1" / "run", 1) >= 2 and (folder / "0" / "job.json").exists(), "a finished and a running job"
-        )
+        both = lambda: runs.last_step(folder / "1" / "run", 1) >= 2 and (folder / "0" / "job.json").exists()  # noqa: E731
+        wait_until(lambda: both() or driver.poll() is not None, "a finished and a running job")
+        assert driver.returncode is None, driver.communicate()
         array = json.loads((folder / "sweep.json").read_text())["slurm_job"]
         for process in processes(cluster, cluster.field(f"{array}_1", "JobId")):  # its batch script, and its rank
             os.kill(process, signal.SIGKILL)
@@ -194,6 +200,18 @@ def test_submitit_driver_ends_although_a_job_died(cluster: Cluster, tiny_plates:
     rows = parsed(out)[1]
     assert re.fullmatch(r"0\.\d{4}", rows[0][1]) and rows[0][0] == "0"
     assert rows[1][0] == "1" and rows[1][1].startswith("did not finish")
+
+
+def test_what_sbatch_refuses_of_a_submitted_sweep_is_told(
+    cluster: Cluster, tiny_plates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    words = [*WORDS, f"plates.root={tiny_plates}", "seed=0,1", f"hydra.sweep.dir={tmp_path}", "hydra.launcher.partition=nowhere"]
+    assert cli.main(["train", "-m", "hydra/launcher=submitit_slurm", *words]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("hcsdl: sbatch must take the jobs with hydra.launcher as it is set. It said: ") and "invalid partition" in told
+    assert not cluster.ask("squeue", "--noheader", "--name=hcsdl-sweep", "--states=PENDING,RUNNING")
 
 
 def processes(cluster: Cluster, job: str, *variables: str) -> list[int]:
