@@ -7,6 +7,7 @@ Agg renderer: no screen is needed and nothing global is set.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
 WIDTH_IN, HEIGHT_IN, DPI = 6.4, 4.4, 120
 
 
-def _figure(panels: int) -> Figure:
+def _figure(columns: int, rows: int = 1) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH_IN * panels, HEIGHT_IN), layout="constrained")
+    figure = Figure(figsize=(WIDTH_IN * columns, HEIGHT_IN * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -90,15 +91,20 @@ def plot_scaling(rows: Sequence[dict], published: dict | None, path: Path) -> No
 
 
 def plot_steps(rows: Mapping[str, Sequence[dict]], processor: str, path: Path) -> None:
-    """Draw images/s of every way to run a training step, a panel per network: a bar each with its quartiles, hcsdl's own in another colour.
+    """Draw images/s of every way to run a training step, a panel per network, two in a row: a bar each with its quartiles, hcsdl's own in another colour.
 
     Parameters
     ----------
     rows : by network: `letter`, `title`, `status`, `images_per_s`, `q1_images_per_s`, `q3_images_per_s`, `mfu` of each; only `status` measured is drawn.
     processor : its name, for the title.
     """
-    figure = _figure(len(rows))
-    for axes, (model, all_rows) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
+    columns = min(2, len(rows))
+    lines = -(-len(rows) // columns)
+    figure = _figure(columns, lines)
+    for axes, (model, all_rows) in zip_longest(figure.subplots(lines, columns, squeeze=False).flat, rows.items(), fillvalue=("", [])):
+        if not model:
+            axes.set_axis_off()
+            continue
         found = [row for row in all_rows if row["status"] == "measured"]
         rates = [row["images_per_s"] for row in found]
         spread = [
@@ -108,10 +114,11 @@ def plot_steps(rows: Mapping[str, Sequence[dict]], processor: str, path: Path) -
         colours = ["C1" if "hcsdl" in row["title"] else "C0" for row in found]
         axes.barh(range(len(found)), rates, xerr=spread, color=colours, error_kw={"ecolor": "0.3", "capsize": 2})
         for place, row in enumerate(found):
-            axes.annotate(f" {row['images_per_s']:.3g}  (mfu {row['mfu']:.2f})", (0, place), color="white", va="center", fontsize="small")
+            said = f"{row['images_per_s']:.3g}  (mfu {row['mfu']:.2f})"
+            axes.annotate(said, (row["q3_images_per_s"], place), (5, 0), textcoords="offset points", va="center", fontsize="small")
         axes.set_yticks(range(len(found)), [f"{row['letter']}  {row['title']}" for row in found], fontsize="small")
         axes.invert_yaxis()
-        axes.set(xlabel="images/s", title=model, xlim=(0, None))
+        axes.set(xlabel="images/s", title=model, xlim=(0, 1.6 * max((row["q3_images_per_s"] for row in found), default=1)))
         axes.grid(alpha=0.3, axis="x")
     figure.suptitle(f"training steps on {processor}: medians and quartiles")
     figure.savefig(path, dpi=DPI)
