@@ -252,7 +252,7 @@ class DistributedConfig(Checked):
     silence_s: float = option(30.0, "a rank not heard of for so long is lost", unit="s", low=1, high=1e6)
     stall_s: float = option(
         45.0,
-        "a rank that stays behind the others inside a step for so long is lost, or for two recent steps if longer",
+        "a rank that stays behind the others inside a step, or over a mini-batch that is scored or embedded, for so long is lost, or for two recent ones if longer",
         unit="s",
         low=1,
         high=1e6,

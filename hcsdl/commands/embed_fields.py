@@ -30,6 +30,7 @@ from hcsdl.distributed.launcher import Stop
 from hcsdl.kernels import choose_kernels
 from hcsdl.kernels.device import device_name, own_device
 from hcsdl.kernels.inference import for_inference
+from hcsdl.machine.process import bar_options
 from hcsdl.models import build_model
 from hcsdl.plates.index import load_index
 from hcsdl.training.checkpoint import load_checkpoint, load_model_state
@@ -85,7 +86,12 @@ def embed_fields(config: EmbedCommand, folder: WorkFolder, identity: Identity, s
 
     begun = time.monotonic()
     with tqdm(
-        total=len(index.table), initial=min(len(done) * size, len(index.table)), desc="embedding", unit="field", disable=group.rank > 0
+        total=len(index.table),
+        initial=min(len(done) * size, len(index.table)),
+        desc="embedding",
+        unit="field",
+        disable=group.rank > 0,
+        **bar_options(),
     ) as bar:
         stream = outputs(network, loader, kernels, group.in_step, pad_to=size)
         _rounds(stream, -(-len(todo) // group.world_size), config.embed.save_every_s, folder, group, stop, bar)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from hcsdl.config import DataError
 from hcsdl.data.reading import read_field, read_header
+from hcsdl.machine.process import bar_options
 from hcsdl.plates.index import Index
 from hcsdl.plates.quality import judge, measure_field
 
@@ -100,7 +101,7 @@ def _measure(
 ) -> Iterator[tuple[int, dict[str, object]]]:
     """Yield (row, result) for every row of `rows`, in any order."""
     chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
-    with tqdm(total=len(rows), desc=f"measuring {level}", unit="field", disable=not progress or not rows) as bar:
+    with tqdm(total=len(rows), desc=f"measuring {level}", unit="field", disable=not progress or not rows, **bar_options()) as bar:
         if workers == 1 or len(rows) <= ALONE:
             for row in rows:
                 bar.update()

@@ -28,6 +28,7 @@ from hcsdl.data.conversion import Conversion, ShadingView, convert
 from hcsdl.data.illumination import coarse_grid, fit_shading
 from hcsdl.data.intensity import BINS, histogram, scaling
 from hcsdl.data.reading import read_field
+from hcsdl.machine.process import bar_options
 from hcsdl.plates.index import Index
 
 T = TypeVar("T")
@@ -295,7 +296,7 @@ def _fit(base: Preprocessing, index: Index, plates: tuple[str, ...], progress: b
     shadings: list[tuple[np.ndarray, np.ndarray]] = []
     scalings: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     pooled_counts = np.zeros((len(base.channels), BINS), np.int64)
-    bar = tqdm(total=total, desc="fitting shading and intensity", unit="field", disable=not progress, leave=False)
+    bar = tqdm(total=total, desc="fitting shading and intensity", unit="field", disable=not progress, leave=False, **bar_options())
     with bar, ThreadPoolExecutor(max(workers, 1)) as pool:
         measured = partial(_measured, index, pool, bar, skip)
         for plate in plates:

@@ -109,9 +109,10 @@ class Group:
             why = why or f"another rank is lost or stuck. {first}"
             raise LostRank(f"rank {self.rank} of {self.world_size}: {what} #{self._begun} failed: {why}") from error
 
-    def in_step(self) -> AbstractContextManager:
-        """Return a context for a piece of work that every rank does as fast: who stays in it, behind the others, for `distributed.stall_s` is lost."""
-        return self._heart.in_step() if self._heart else nullcontext()
+    def in_step(self, work: str) -> AbstractContextManager:
+        """Return a context for a step of some `work`, that takes every rank about as long: who stays in it, behind the others, for `distributed.stall_s`
+        is lost."""
+        return self._heart.in_step(work) if self._heart else nullcontext()
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` (any shape, dtype) over the ranks, in place; return it."""

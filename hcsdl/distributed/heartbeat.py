@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 EVIDENCE_S = 3.0  # silence that convicts once a collective has failed or the store has closed its connection; a guess, above one beat
-LATELY = 64  # parts of steps, which end with a collective or with the step; a guess
+LATELY = 64  # parts of steps of one work, which end with a collective or with the step; a guess
 LEAVE_S = 3.0  # what the main thread has for raising LostRank after a loss was found; a guess
 RANKS_READ_A_SECOND = 64  # a read of 256 beats takes 0.8 – 1.8 ms, measured here: with 256 ranks the store is then busy for a few percent
 HERE, DONE, TROUBLE, LOST = "here", "done", "trouble", "lost"
@@ -86,7 +86,8 @@ class Heartbeat:
         self._beat, self._state, self._said = 0, HERE, ""
         self._note, self._numbers = (0, ""), itertools.count(1)
         self._step, self._steps = 0, itertools.count(1)
-        self._noted, self._parts_s = 0.0, deque([0.0], maxlen=LATELY)
+        self._noted, self._work = 0.0, ""
+        self._parts_s: dict[str, deque[float]] = {}  # by what work a step is of
         self._peers: dict[int, Peer] = {}
         self._callbacks: list[Callable[[str], None]] = []
         self._suspicious = self._closed = self._told = False
@@ -107,9 +108,9 @@ class Heartbeat:
             self._part_is_done()
 
     @contextmanager
-    def in_step(self) -> Iterator[None]:
-        """Inside the context all ranks keep pace: one that stays in it, behind the others, for `stall_s` is stuck."""
-        self._step, self._noted = next(self._steps), time.monotonic()
+    def in_step(self, work: str) -> Iterator[None]:
+        """The context is one step of some `work`, that takes every rank about as long: one that stays in it, behind the others, for `stall_s` is stuck."""
+        self._work, self._step, self._noted = work, next(self._steps), time.monotonic()
         try:
             yield
         finally:
@@ -118,7 +119,7 @@ class Heartbeat:
 
     def _part_is_done(self) -> None:
         now = time.monotonic()
-        self._parts_s.append(now - self._noted)
+        self._parts_s.setdefault(self._work, deque(maxlen=LATELY)).append(now - self._noted)
         self._noted = now
 
     def on_lost(self, callback: Callable[[str], None]) -> None:
@@ -262,12 +263,13 @@ class Heartbeat:
             return f"{self._named(gone)} {'is' if len(gone) == 1 else 'are'} lost: not heard of for {longest_s:.0f} s."
 
     def _stuck(self) -> str:
-        """Return a sentence on who has stopped inside a step while this rank went on, "" where nobody has."""
+        """Return a sentence on who has stopped inside a step while this rank went on, "" where nobody has, or how long a step takes is not known here."""
         fewest = min((peer.notes for peer in self._peers.values()), default=0)
         last = {rank: peer for rank, peer in self._peers.items() if peer.notes == fewest}
         if fewest >= self._note[0] or len(self._peers) < self.world_size - 1 or not all(peer.step for peer in last.values()):
             return ""
-        limit_s = max(self.stall_s, 2 * max(self._parts_s))
+        parts_s = [max(lately) for lately in [*self._parts_s.values()]]
+        limit_s = max(self.stall_s, 2 * max(parts_s, default=float("inf")))
         stuck = sorted(rank for rank, peer in last.items() if peer.state == HERE and peer.behind_s >= limit_s)
         if not stuck:
             return ""

@@ -43,6 +43,29 @@ class Forgiving:
         return getattr(self._stream, name)
 
 
+class Lines:
+    """Standard error for a progress bar that nobody watches: in a file it is read line by line."""
+
+    @property
+    def encoding(self) -> str:
+        """Return standard error's encoding, which decides how a bar is drawn."""
+        return sys.stderr.encoding
+
+    def write(self, text: str) -> None:
+        """Write what is there of a bar as a line of its own."""
+        if text.strip():
+            sys.stderr.write(f"{text.strip()}\n")
+
+    def flush(self) -> None:
+        """Pass on what was written."""
+        sys.stderr.flush()
+
+
+def bar_options() -> dict[str, object]:
+    """Return where a tqdm bar goes and how often it is drawn: in place on a terminal, else a line every ten seconds."""
+    return {"file": sys.stderr, "mininterval": 0.2} if sys.stderr.isatty() else {"file": Lines(), "mininterval": 10}
+
+
 def forgive_standard_streams() -> None:
     """Make standard output and error safe: what happens to a terminal or a pipe must not decide the fate of a training."""
     for number in (0, 1, 2):

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from hcsdl.config import ConfigError, DataError
 
 CHEAP = 256
-"""Products a value below which a convolution is computed again. Of ResNet-50's those are the 1×1 convolutions to more channels of the first two stages:
-half of what such would keep in all, a third of their time."""
+"""Products a value below which a convolution is computed again. Of ResNet-50 of width 1 these are the first stage's 1×1 convolutions of 64 channels and
+the second's of 128: half of what 1×1 convolutions to more channels would keep, for a third of their time."""
 
 
 def scaled_channels(channels: int, width: float) -> int:

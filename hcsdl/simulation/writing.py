@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from hcsdl.config import ConfigError, SimulateConfig
 from hcsdl.machine.cores import usable_cores
+from hcsdl.machine.process import bar_options
 from hcsdl.simulation.compounds import COMPOUNDS
 from hcsdl.simulation.fields import draw_field
 from hcsdl.simulation.layout import Field, compound_table, fields_of_view, image_table, moa_table
@@ -75,7 +76,7 @@ def simulate(config: SimulateConfig, root: Path, seed: int, *, control: str = "D
     waiting = [field for field in fields if not _whole(root, field, preset)]
     draw = partial(_draw_and_write, root, seed, config.effect, preset)
     drawn = _draw_all(draw, waiting, _workers(config, preset, waiting))
-    for _ in tqdm(drawn, total=len(waiting), desc="draw", unit="field", disable=not progress):
+    for _ in tqdm(drawn, total=len(waiting), desc="draw", unit="field", disable=not progress, **bar_options()):
         pass
     for name, table in TABLES.items():
         _write_text(root / name, table(fields))

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hcsdl.machine.process import bar_options
 from hcsdl.training.run_folder import SCHEMA_VERSION, RunFolder
 
 
@@ -33,21 +34,6 @@ class Silence:
         """No more is to come."""
 
 
-class _Lines:
-    """Standard error for a bar that nobody watches: in a file it is read line by line."""
-
-    encoding = "utf-8"
-
-    def write(self, text: str) -> None:
-        """Write what is there of a bar as a line of its own."""
-        if text.strip():
-            sys.stderr.write(f"{text.strip()}\n")
-
-    def flush(self) -> None:
-        """Pass on what was written."""
-        sys.stderr.flush()
-
-
 class Journal(Silence):
     """Writes `journal.jsonl` and `tensorboard/` of a run folder and draws the bar on standard error."""
 
@@ -59,15 +45,7 @@ class Journal(Silence):
         if folder.journal.stat().st_size and not folder.journal.read_bytes().endswith(b"\n"):
             self._file.write("\n")  # a crash has cut the last line
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total_steps,
-            initial=first_step,
-            unit="step",
-            dynamic_ncols=terminal,
-            mininterval=0.2 if terminal else 10,
-            file=sys.stderr if terminal else _Lines(),
-        )
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=sys.stderr.isatty(), **bar_options())
         self._due = 0.0
         self._since: dict[str, float] = dict.fromkeys(("steps", "fields", "step_s", "data_wait_s"), 0.0)
 

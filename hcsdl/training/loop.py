@@ -95,7 +95,7 @@ def train(parts: Parts, state: State) -> State:
             wait_s, waited_s = loader.wait_s - waited_s, loader.wait_s
             parts.clock.data_s = wait_s
             save_due = time.monotonic() - saved >= parts.config.checkpoint_every_s
-            with parts.group.in_step():
+            with parts.group.in_step("training"):
                 outcome = train_step(parts, batches, state.step, save_due)
             step_s, last = time.monotonic() - last, time.monotonic()
             state.step += 1

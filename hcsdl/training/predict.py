@@ -21,14 +21,14 @@ def outputs(
     model: torch.nn.Module,
     loader: Iterable[MiniBatch],
     kernels: Kernels,
-    in_step: Callable[[], AbstractContextManager] = nullcontext,
+    in_step: Callable[[str], AbstractContextManager] = nullcontext,
     pad_to: int | None = None,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Yield (rows int64 (n,), labels int64 (n,), what the model returns: one or several tensors float32 (n, …)) of each mini-batch, on the processor.
 
     The model runs in evaluation mode and without gradients; between two mini-batches it is in its own mode. With `pad_to` a smaller mini-batch is
     filled up to so many fields with copies of its last one, which are taken off again: kernels choose their order of additions by the shape.
-    Each runs inside an `in_step()` of its own, a group's: a rank whose network hangs is missed by those that have gone on to a collective.
+    Each runs inside an `in_step` of its own, a group's: a rank whose network hangs is missed by those that have gone on to a collective.
     """
     for batch in loader:
         images, missing = batch.images, (pad_to or 0) - len(batch.images)
@@ -37,7 +37,7 @@ def outputs(
         training = model.training
         model.eval()
         try:
-            with in_step(), torch.no_grad(), kernels.autocast():
+            with in_step("prediction"), torch.no_grad(), kernels.autocast():
                 found = model(images)
                 found = [one[: len(batch.images)].float().cpu() for one in (found if isinstance(found, tuple) else (found,))]
         finally:

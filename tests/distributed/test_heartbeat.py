@@ -49,10 +49,10 @@ def live(line: Connection, rank: int, world_size: int, port: int, log: Path) -> 
         if word == "note":
             heart.note(text)
         elif word == "step":
-            step.enter_context(heart.in_step())
+            step.enter_context(heart.in_step("test"))
         elif word == "pace":
             for _ in range(int(text)):
-                with heart.in_step():
+                with heart.in_step("test"):
                     time.sleep(0.25)
         elif word == "peers":
             line.send(heart.peers())

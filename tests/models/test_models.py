@@ -7,10 +7,11 @@ import torch
 import torchvision
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import CheckpointPolicy
 
 from hcsdl.config import ConfigError, DataError, ModelConfig
 from hcsdl.models import build_model
-from hcsdl.models.layers import scaled_channels
+from hcsdl.models.layers import _worth_keeping, scaled_channels
 from hcsdl.models.resnet import LAYOUTS
 
 SMALL = {"resnet18": (64, 96), "resnet34": (64, 96), "resnet50": (64, 96), "mcnn": (128, 128)}
@@ -163,6 +164,17 @@ def test_recomputing_keeps_fewer_tensors():
     """The switch does what it is for: less is kept between the passes, and as much of it as is said."""
     kept = {how: kept_bytes("resnet50", how) for how in ("none", "selective", "full")}
     assert kept["full"] < kept["selective"] < 0.6 * kept["none"]
+
+
+@pytest.mark.parametrize(
+    ("taken", "made", "side", "kept"),
+    [(64, 256, 1, False), (128, 512, 1, False), (256, 1024, 1, True), (256, 64, 1, True), (64, 64, 1, False), (64, 64, 3, True)],
+)
+def test_selective_keeps_what_costs_much(taken, made, side, kept):
+    """Of ResNet-50 at width 1: the expanding convolutions of its first two stages are computed again, those of the third and all 3×3 ones kept."""
+    weight = torch.empty(made, taken, side, side)
+    policy = _worth_keeping(None, torch.ops.aten.convolution.default, torch.empty(1, taken, 8, 8), weight)
+    assert (policy == CheckpointPolicy.MUST_SAVE) == kept
 
 
 def kept_bytes(name, how):
