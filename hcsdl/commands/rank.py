@@ -55,7 +55,7 @@ def run_rank(path: Path, identity: Identity, command: str = "train") -> int:
             log.exception("rank %d of %d failed", identity.rank, identity.world_size)
         elif identity.rank == 0 or code not in (ExitCode.BAD_CONFIG, *TOGETHER):  # what every rank would say alike, rank 0 says
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            log.error("hcsdl: %s%s", error, ". Make room there, then the same command goes on from what was saved." if full else "")
+            log.error("hcsdl: %s%s", error, ". Make room there; what was saved before is whole." if full else "")
         in_vain = code in (ExitCode.BAD_CONFIG, ExitCode.BAD_DATA, ExitCode.LOST_RANK) and not folder.last_saved()
         if in_vain and identity.rank == 0 and identity.launcher != "own":
             folder.config.unlink(missing_ok=True)  # nothing was done: the corrected command may use the folder
