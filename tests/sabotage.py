@@ -324,7 +324,8 @@ def tried(fault: Fault, root: Path) -> tuple[bool, str]:
     path = root / fault.file
     text = path.read_text()
     broken = text.replace(fault.old, fault.new)
-    ast.parse(broken, str(path))
+    if path.suffix == ".py":
+        ast.parse(broken, str(path))
     path.write_text(broken)
     try:
         return judged(fault, pytest(root, fault.test))

@@ -30,7 +30,10 @@ FUSED = {precision: Kernels("fused", precision, "asked for") for precision in ("
 
 def network(name: str, **settings: object) -> nn.Module:
     torch.manual_seed(0)
-    return build_model(ModelConfig(name=name, width=1.0 if name == "mcnn" else 0.25, **settings), 3, 5, (128, 160))
+    model = build_model(ModelConfig(name=name, width=1.0 if name == "mcnn" else 0.25, **settings), 3, 5, (128, 160))
+    for norm in (part for part in model.modules() if isinstance(part, nn.BatchNorm2d) and not part.weight.any()):
+        nn.init.constant_(norm.weight, 0.25)  # blocks begin at zero, and what they add to their shortcut would not be seen
+    return model
 
 
 def images(count: int = 2, seed: int = 1) -> torch.Tensor:
