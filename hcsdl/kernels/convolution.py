@@ -1,10 +1,11 @@
-"""Convolutions whose weight's gradient is computed by our own operator, where the processor has AVX512_BF16 and no AMX.
+"""Convolutions that run our own operators in bf16, where the processor has AVX512_BF16 and no AMX.
 
-In: an `nn.Conv2d` under bf16 autocast. Out: its output, by torch's operator. Promised: output and the input's gradient are torch's, bit for bit; the weight's
-gradient is the same up to rounding, float from end to end (torch rounds it to bf16 on the way), and the same bits with any number of threads.
+In: an `nn.Conv2d` under bf16 autocast. Out: its output. Promised: the same numbers up to rounding and the same bits with any number of threads; the weight's
+gradient is float from end to end (torch rounds it to bf16 on the way).
 
-oneDNN reaches 0.8 to 0.95 of the matrix product's rate in forward passes and input gradients here, and 0.6 to 0.85 in weight gradients (BENCHMARKS.md).
-With AMX, oneDNN's own are expected to be far ahead of this operator; that is unmeasured.
+3×3 convolutions with stride 1 run by `winograd` in all three products: 1.3 to 2 times oneDNN's speed here. Of others output and input gradient are torch's,
+bit for bit, and only the weight's gradient is ours: oneDNN reaches 0.8 to 0.95 of the matrix product's rate in forward passes and input gradients here, and
+0.6 to 0.85 in weight gradients (BENCHMARKS.md). With AMX, oneDNN's own are expected to be far ahead of these operators; that is unmeasured.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from hcsdl.kernels import winograd
 from hcsdl.kernels.native.build import library
 from hcsdl.machine.cores import bf16_flags
 
@@ -33,12 +35,14 @@ _CPU_BF16 = "avx512_bf16"
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` with our weight gradient in bf16; everything else is torch's."""
+    """`torch.nn.Conv2d` with our operators in bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of `x` (N, C, H, W)."""
         if not (torch.is_grad_enabled() and torch.is_autocast_enabled("cpu") and _is_native(x, self)):
             return super().forward(x)
+        if winograd.knows(self):
+            return _Winograd.apply(x, self.weight, self.bias)
         return _Convolution.apply(x, self.weight, self.bias, self.stride[0], self.padding[0])
 
 
@@ -129,3 +133,21 @@ class _Convolution(torch.autograd.Function):
         if of_bias:
             db = gradient.sum((0, 2, 3), dtype=torch.float32)
         return dx, dw, db, None, None
+
+
+class _Winograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.to(torch.bfloat16).contiguous(memory_format=_CHANNELS_LAST)
+        ctx.save_for_backward(x, weight)
+        return winograd.convolution(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gradient = gradient.to(torch.bfloat16).contiguous(memory_format=_CHANNELS_LAST)
+        of_input, of_weight, of_bias = ctx.needs_input_grad
+        dx = winograd.input_gradient(gradient, weight) if of_input else None
+        dw = winograd.weight_gradient(x, gradient) if of_weight else None
+        return dx, dw, gradient.sum((0, 2, 3), dtype=torch.float32) if of_bias else None

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from hcsdl.kernels import batch_norm, columns, convolution, max_pool
+from hcsdl.kernels import batch_norm, columns, convolution, max_pool, winograd
 from hcsdl.kernels.batch_norm import batch_norm_relu
 from hcsdl.kernels.native.build import instruction_set
 from hcsdl.models.resnet import ResNet
@@ -24,7 +24,7 @@ def compile_operators() -> str:
     """Compile and load whatever `replace_operators` puts into a network; return the name of the instruction set. Raises `NoLibrary`."""
     name = instruction_set().name
     with ThreadPoolExecutor() as pool:  # each compiler is a process of its own
-        for making in [pool.submit(module.operators) for module in (batch_norm, columns, convolution, max_pool)]:
+        for making in [pool.submit(module.operators) for module in (batch_norm, columns, convolution, max_pool, winograd)]:
             making.result()
     return name
 

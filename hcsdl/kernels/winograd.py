@@ -1,0 +1,84 @@
+"""3×3 convolutions with stride 1 and padding 1 by Winograd's F(2×2, 3×3), in bf16: 16 products where the plain sum takes 36.
+
+In: channels_last tensors, bf16, and a float32 weight. Out: the convolution, its input's and its weight's gradient. Promised: sums are float32; beside
+the values in fp64 the error is at most twice that of torch's bf16 convolution, which rounds its output as this does (tests); the same bits with any
+number of threads, and of outputs and input gradients with any mini-batch.
+
+Of A. Lavin and S. Gray, Fast algorithms for convolutional neural networks, 2016 (arXiv:1509.09308). Transformed tiles and weights are rounded to bf16
+once, where the plain convolution rounds the weight only: that is the difference in error. An infinite value makes NaN of what is infinite else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hcsdl.kernels.native.build import library
+
+SOURCE = Path(__file__).parent / "native" / "winograd.c"
+LANES = 16
+"""Channels in and out are a multiple of it."""
+_CHANNELS_LAST = torch.channels_last
+_LIBRARY = torch.library.Library("hcsdl", "FRAGMENT")
+_LIBRARY.define("convolution(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def knows(module: nn.Conv2d) -> bool:
+    """Return whether a convolution, of one group and without dilation, has the shape for it."""
+    shape = module.kernel_size, module.stride, module.padding
+    return shape == ((3, 3), (1, 1), (1, 1)) and module.in_channels % LANES == module.out_channels % LANES == 0
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the convolution (N, K, H, W), bf16, channels_last, of `x` (N, C, H, W), bf16, channels_last, by `weight` (K, C, 3, 3), float32.
+
+    `bias` is (K,) float32 or none. An operator of torch's, `hcsdl::convolution`, so that what keeps or counts operators sees it.
+    """
+    return torch.ops.hcsdl.convolution(x, weight, bias)
+
+
+def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient (N, C, H, W) of a convolution's input, from that of its output (N, K, H, W); types and layout as in `convolution`."""
+    return _convolve(gradient, weight, None, turned=True)
+
+
+def weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient (K, C, 3, 3), float32, channels_last, of a convolution's weight, from its input and its output's gradient, bf16, channels_last."""
+    images, channels, height, width = x.shape
+    shape = (c_int64 * 5)(images, height, width, channels, gradient.shape[1])
+    found = torch.empty(gradient.shape[1], 3, 3, channels)
+    scratch = torch.empty(operators().weight_gradient_bytes(shape), dtype=torch.uint8)
+    operators().weight_gradient(shape, *(tensor.data_ptr() for tensor in (x, gradient, found, scratch)), torch.get_num_threads())
+    return found.permute(0, 3, 1, 2)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool = False) -> Tensor:
+    images, channels, height, width = x.shape
+    out_channels, threads = weight.shape[1 if turned else 0], torch.get_num_threads()
+    weight = weight.contiguous(memory_format=_CHANNELS_LAST)
+    shape = (c_int64 * 5)(images, height, width, channels, out_channels)
+    y = torch.empty(images, out_channels, height, width, dtype=x.dtype, memory_format=_CHANNELS_LAST)
+    scratch = torch.empty(operators().convolve_bytes(shape, threads), dtype=torch.uint8)
+    at = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()
+    operators().convolve(shape, *at, turned, scratch.data_ptr(), threads)
+    return y
+
+
+_LIBRARY.impl("convolution", _convolve, "CPU")
+
+
+@cache
+def operators() -> ctypes.CDLL:
+    """Return the native operators, compiled where need be. Raises `NoLibrary`."""
+    made = library(SOURCE)
+    if made.supported():
+        made.convolve_bytes.argtypes, made.convolve_bytes.restype = (c_void_p, c_int64), c_int64
+        made.convolve.argtypes, made.convolve.restype = (*(c_void_p,) * 5, c_int64, c_void_p, c_int64), None
+        made.weight_gradient_bytes.argtypes, made.weight_gradient_bytes.restype = (c_void_p,), c_int64
+        made.weight_gradient.argtypes, made.weight_gradient.restype = (*(c_void_p,) * 5, c_int64), None
+    return made
