@@ -39,10 +39,12 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of `x` (N, C, H, W)."""
-        if not (torch.is_grad_enabled() and torch.is_autocast_enabled("cpu") and _is_native(x, self)):
+        if not (torch.is_autocast_enabled("cpu") and _is_native(x, self)):
             return super().forward(x)
         if winograd.knows(self):
-            return _Winograd.apply(x, self.weight, self.bias)
+            return _WinogradConvolution.apply(x, self.weight, self.bias)
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return super().forward(x)
         return _Convolution.apply(x, self.weight, self.bias, self.stride[0], self.padding[0])
 
 
@@ -51,8 +53,26 @@ def replace_convolutions(modules: Iterable[nn.Module]) -> None:
     if not usable():
         return
     for module in modules:
-        if type(module) is nn.Conv2d and _is_known(module):
+        if type(module) is nn.Conv2d and (winograd.knows(module) or _is_known(module)):
             module.__class__ = Conv2d  # only `forward` differs
+
+
+class InferenceConv2d(nn.Conv2d):
+    """A 3×3 `torch.nn.Conv2d` of bf16 activations and float32 weights by `winograd`, without gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of `x` (N, C, H, W), bf16."""
+        return winograd.convolution(x.contiguous(memory_format=_CHANNELS_LAST), self.weight, self.bias)
+
+
+def replace_for_inference(model: nn.Module) -> list[nn.Module]:
+    """Turn those of torch's convolutions in `model` that `winograd` knows into `InferenceConv2d`, if it is faster on this processor; return them."""
+    if not usable():
+        return []
+    found = [module for module in model.modules() if type(module) is nn.Conv2d and winograd.knows(module)]
+    for module in found:
+        module.__class__ = InferenceConv2d
+    return found
 
 
 def usable() -> bool:
@@ -72,14 +92,7 @@ def _is_known(module: nn.Conv2d) -> bool:
 
 def _is_native(x: Tensor, module: nn.Conv2d) -> bool:
     bf16 = torch.get_autocast_dtype("cpu") == torch.bfloat16 and x.dtype in (torch.bfloat16, torch.float32)
-    return (
-        bf16
-        and module.weight.requires_grad
-        and module.weight.dtype == torch.float32
-        and x.ndim == 4
-        and x.device.type == "cpu"
-        and x.numel() > 0
-    )
+    return bf16 and module.weight.dtype == torch.float32 and x.ndim == 4 and x.device.type == "cpu" and x.numel() > 0
 
 
 def weight_gradient(x: Tensor, gradient: Tensor, kernel_size: tuple[int, int], stride: int, padding: int) -> Tensor:
@@ -135,7 +148,7 @@ class _Convolution(torch.autograd.Function):
         return dx, dw, db, None, None
 
 
-class _Winograd(torch.autograd.Function):
+class _WinogradConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = x.to(torch.bfloat16).contiguous(memory_format=_CHANNELS_LAST)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hcsdl.kernels import Kernels
+from hcsdl.kernels.convolution import replace_for_inference
 from hcsdl.kernels.max_pool import replace_max_pools
 
 
@@ -22,7 +23,7 @@ def for_inference(model: nn.Module, kernels: Kernels) -> Embedder:
     """Return a copy of `model` that maps images to embedding and logits, as fast as `kernels` allow.
 
     With `reference` nothing is folded. In bf16 convolutions take and give bf16 and add up in fp32, as under autocast, but for weights that are rounded
-    after the folding; the mean over the feature map and the classifier are fp32.
+    after the folding; the mean over the feature map and the classifier are fp32. `fused` runs 3×3 convolutions by `winograd`, whose weights stay fp32.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     if kernels.name == "reference":
@@ -31,9 +32,12 @@ def for_inference(model: nn.Module, kernels: Kernels) -> Embedder:
         replace_max_pools(model)  # there are no batch norms to fuse, and torch adds and cuts off in place
     folded = fold_batch_norm(model)
     dtype = torch.bfloat16 if kernels.precision == "bf16" else torch.float32
-    classifier = copy.deepcopy(model.fc)
-    model.to(dtype=dtype, memory_format=torch.channels_last)
-    model.fc = classifier
+    model.to(memory_format=torch.channels_last)
+    float_parts = [model.fc, *(replace_for_inference(model) if kernels.name == "fused" and dtype == torch.bfloat16 else [])]
+    floats = [(parameter, parameter.data) for part in float_parts for parameter in part.parameters()]
+    model.to(dtype)
+    for parameter, value in floats:
+        parameter.data = value
     return Embedder(model, dtype, folded)
 
 

@@ -1,7 +1,7 @@
 """3×3 convolutions with stride 1 and padding 1 by Winograd's F(2×2, 3×3), in bf16: 16 products where the plain sum takes 36.
 
 In: channels_last tensors, bf16, and a float32 weight. Out: the convolution, its input's and its weight's gradient. Promised: sums are float32; beside
-the values in fp64 the error is at most twice that of torch's bf16 convolution, which rounds its output as this does (tests); the same bits with any
+the values in fp64 the error is about twice that of torch's bf16 convolution, which rounds its output as this does (tests); the same bits with any
 number of threads, and of outputs and input gradients with any mini-batch.
 
 Of A. Lavin and S. Gray, Fast algorithms for convolutional neural networks, 2016 (arXiv:1509.09308). Transformed tiles and weights are rounded to bf16
@@ -23,15 +23,18 @@ from hcsdl.kernels.native.build import library
 SOURCE = Path(__file__).parent / "native" / "winograd.c"
 LANES = 16
 """Channels in and out are a multiple of it."""
+FEWEST_CHANNELS = 32
+"""In and out; with 16 the transforms cost what the products save (measured here)."""
 _CHANNELS_LAST = torch.channels_last
 _LIBRARY = torch.library.Library("hcsdl", "FRAGMENT")
 _LIBRARY.define("convolution(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 def knows(module: nn.Conv2d) -> bool:
-    """Return whether a convolution, of one group and without dilation, has the shape for it."""
-    shape = module.kernel_size, module.stride, module.padding
-    return shape == ((3, 3), (1, 1), (1, 1)) and module.in_channels % LANES == module.out_channels % LANES == 0
+    """Return whether a convolution has the shape for it."""
+    shape = module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode
+    known = shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+    return known and all(n % LANES == 0 and n >= FEWEST_CHANNELS for n in (module.in_channels, module.out_channels))
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

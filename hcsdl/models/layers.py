@@ -14,6 +14,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from hcsdl.config import ConfigError, DataError
 
+CONVOLUTIONS = ("aten::convolution", "hcsdl::convolution")
+"""torch's operator and our own (`hcsdl.kernels.winograd`); both take the weight second."""
 CHEAP = 256
 """Products a value below which a convolution is computed again. Of ResNet-50 of width 1 these are the first stage's 1×1 convolutions of 64 channels and
 the second's of 128: half of what 1×1 convolutions to more channels would keep, for a third of their time."""
@@ -67,8 +69,8 @@ def recomputed(module: nn.Module, images: Tensor, *, selective: bool) -> Tensor:
         return checkpoint(module, images, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
-def _worth_keeping(_context: object, operator: object, *inputs: object, **_: object) -> CheckpointPolicy:
-    if operator is torch.ops.aten.convolution.default:
+def _worth_keeping(_context: object, operator: torch._ops.OpOverload, *inputs: object, **_: object) -> CheckpointPolicy:
+    if operator.name() in CONVOLUTIONS:
         weight = inputs[1]
         if weight[0].numel() >= CHEAP:  # type: ignore[index]
             return CheckpointPolicy.MUST_SAVE

@@ -65,12 +65,12 @@ def test_what_is_no_number_is_carried_through() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_rest_is_torchs_bit_for_bit(bias: bool) -> None:
     torch.manual_seed(0)
-    plain = nn.Conv2d(64, 64, 3, padding=1, bias=bias).to(memory_format=LAST)
-    ours = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1, bias=bias)).to(memory_format=LAST)
+    plain = nn.Conv2d(64, 64, 3, padding=1, stride=2, bias=bias).to(memory_format=LAST)
+    ours = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1, stride=2, bias=bias)).to(memory_format=LAST)
     ours[0].load_state_dict(plain.state_dict())
     replace_convolutions(ours)
     assert type(ours[0]) is Conv2d
-    x, gradient = tensors(2, 64, 64, 10, 12, (3, 3), 1, 1)
+    x, gradient = tensors(2, 64, 64, 10, 12, (3, 3), 2, 1)
     grads = []
     for module in (plain, ours):
         images = x.clone(memory_format=LAST).requires_grad_()

@@ -23,7 +23,12 @@ from tests.distributed.ranks import on_ranks
 
 PLAIN_NETWORKS = {"resnet18": {"batch norms": 20, "max-pools": 1}, "resnet34": {"batch norms": 36, "max-pools": 1},
             "resnet50": {"batch norms": 53, "max-pools": 1}, "mcnn": {"sparse columns": 2, "max-pools": 8}}  # fmt: skip
-CONVOLUTIONS = {"resnet18": 7, "resnet34": 17, "resnet50": 9, "mcnn": 10}  # of the small networks here: those with enough products a value
+CONVOLUTIONS = {
+    "resnet18": 10,
+    "resnet34": 24,
+    "resnet50": 12,
+    "mcnn": 10,
+}  # of the small networks here: those with enough products a value
 NETWORKS = {name: parts | ({"convolutions": CONVOLUTIONS[name]} if convolution.usable() else {}) for name, parts in PLAIN_NETWORKS.items()}
 FUSED = {precision: Kernels("fused", precision, "asked for") for precision in ("fp32", "bf16")}
 

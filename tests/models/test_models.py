@@ -11,6 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from hcsdl.config import ConfigError, DataError, ModelConfig
 from hcsdl.models import build_model
+import hcsdl.kernels.winograd  # noqa: F401  defines an operator
 from hcsdl.models.layers import _worth_keeping, scaled_channels
 from hcsdl.models.resnet import LAYOUTS
 
@@ -173,8 +174,9 @@ def test_recomputing_keeps_fewer_tensors():
 def test_selective_keeps_what_costs_much(taken, made, side, kept):
     """Of ResNet-50 at width 1: the expanding convolutions of its first two stages are computed again, those of the third and all 3×3 ones kept."""
     weight = torch.empty(made, taken, side, side)
-    policy = _worth_keeping(None, torch.ops.aten.convolution.default, torch.empty(1, taken, 8, 8), weight)
-    assert (policy == CheckpointPolicy.MUST_SAVE) == kept
+    for operator in (torch.ops.aten.convolution.default, torch.ops.hcsdl.convolution.default):
+        policy = _worth_keeping(None, operator, torch.empty(1, taken, 8, 8), weight)
+        assert (policy == CheckpointPolicy.MUST_SAVE) == kept
 
 
 def kept_bytes(name, how):
