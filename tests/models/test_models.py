@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import CheckpointPolicy
 
+import hcsdl.kernels.winograd  # noqa: F401  defines an operator
 from hcsdl.config import ConfigError, DataError, ModelConfig
 from hcsdl.models import build_model
-import hcsdl.kernels.winograd  # noqa: F401  defines an operator
 from hcsdl.models.layers import _worth_keeping, scaled_channels
 from hcsdl.models.resnet import LAYOUTS
 
