@@ -67,10 +67,40 @@ class Kernels:
 
 
 def _fuse(optimizer: torch.optim.Optimizer) -> None:
-    """Let torch's SGD or AdamW read and write each weight once a step."""
+    """Let torch's SGD or AdamW read and write each weight once a step.
+
+    They copy a gradient that is not contiguous, and leave the copy unused (2.8, 2.13); so for the step torch sees its dimensions in memory's order.
+    """
     for group in optimizer.param_groups:
         group |= {"fused": True, "foreach": False}
-    optimizer.register_step_pre_hook(lambda moving, *_: _lay_out_alike(moving))
+    turned: list[torch.Tensor] = []
+
+    def before(moving: torch.optim.Optimizer, *_: object) -> None:
+        _lay_out_alike(moving)
+        turned[:] = [
+            weight for group in moving.param_groups for weight in group["params"] if weight.grad is not None and _is_turned(weight)
+        ]
+        _turn(moving, turned, (0, 2, 3, 1))
+
+    def after(moving: torch.optim.Optimizer, *_: object) -> None:
+        _turn(moving, turned, (0, 3, 1, 2))
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+
+
+def _is_turned(weight: torch.Tensor) -> bool:
+    return weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _turn(optimizer: torch.optim.Optimizer, weights: list[torch.Tensor], order: tuple[int, ...]) -> None:
+    """Permute the dimensions of weights, their gradients and their state, where they are in memory."""
+    for weight in weights:
+        gradient, state = weight.grad, optimizer.state.get(weight, {})
+        state |= {key: value.permute(order) for key, value in state.items() if torch.is_tensor(value) and value.shape == weight.shape}
+        weight.grad = None
+        weight.data = weight.data.permute(order)
+        weight.grad = gradient.permute(order)
 
 
 @torch.no_grad()

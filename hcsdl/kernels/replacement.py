@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from hcsdl.kernels import batch_norm, columns, convolution, max_pool, winograd
-from hcsdl.kernels.batch_norm import batch_norm_relu
+from hcsdl.kernels.batch_norm import batch_norm_relu, batch_norm_relu_twice
 from hcsdl.kernels.native.build import instruction_set
 from hcsdl.models.resnet import ResNet
 
@@ -56,33 +57,48 @@ def replaced(model: nn.Module) -> Counter[str]:
 
 
 class FusedBasicBlock(BasicBlock):
-    """torchvision's block of two 3×3 convolutions."""
+    """torchvision's block of two 3×3 convolutions. Given its input twice, for its branch and for its shortcut, it returns its output twice."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return the block's output, of `x` (N, C, H, W)."""
         out = batch_norm_relu(self.conv1(x), self.bn1)
-        return batch_norm_relu(self.conv2(out), self.bn2, _shortcut(self, x))
+        return _sum(self, self.conv2(out), self.bn2, x, shortcut)
 
 
 class FusedBottleneck(Bottleneck):
-    """torchvision's block of a 1×1, a 3×3 and a 1×1 convolution."""
+    """torchvision's block of a 1×1, a 3×3 and a 1×1 convolution. Given its input twice, as the other."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return the block's output, of `x` (N, C, H, W)."""
         out = batch_norm_relu(self.conv1(x), self.bn1)
         out = batch_norm_relu(self.conv2(out), self.bn2)
-        return batch_norm_relu(self.conv3(out), self.bn3, _shortcut(self, x))
+        return _sum(self, self.conv3(out), self.bn3, x, shortcut)
 
 
 class FusedResNet(ResNet):
-    """Our ResNet, whose stem is no block."""
+    """Our ResNet, whose stem is no block, and whose blocks hand their outputs on twice."""
 
     def stem(self, images: Tensor) -> Tensor:
         """Return what the first block takes, of `images` (N, in_channels, H, W)."""
         return self.maxpool(batch_norm_relu(self.conv1(images), self.bn1))
 
+    def blocks(self, features: Tensor) -> Tensor:
+        """Return the feature map, of what the stem makes."""
+        twice = features, features
+        for block in chain(self.layer1, self.layer2, self.layer3, self.layer4):
+            twice = self.kept_or_recomputed(block, *twice, buffers_of=block)
+        return twice[0]
+
 
 _FUSED: dict[type, type] = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck, ResNet: FusedResNet}
+
+
+def _sum(
+    block: BasicBlock | Bottleneck, branch: Tensor, norm: nn.Module, x: Tensor, shortcut: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    if shortcut is None:
+        return batch_norm_relu(branch, norm, _shortcut(block, x))
+    return batch_norm_relu_twice(branch, norm, _shortcut(block, shortcut))
 
 
 def _shortcut(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:

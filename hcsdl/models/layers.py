@@ -5,8 +5,10 @@ In: tensors and modules. Out: tensors and numbers. Promised: recomputing a block
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,9 @@ from hcsdl.config import ConfigError, DataError
 CONVOLUTIONS = ("aten::convolution", "hcsdl::convolution")
 """torch's operator and our own (`hcsdl.kernels.winograd`); both take the weight second."""
 CHEAP = 256
-"""Products a value below which a convolution is computed again. Of ResNet-50 of width 1 these are the first stage's 1×1 convolutions of 64 channels and
-the second's of 128: half of what 1×1 convolutions to more channels would keep, for a third of their time."""
+"""Products a value below which a convolution is computed again. Of ResNet-50 of width 1 these are the stem's, which hold 0.04 GiB an image, and the 1×1
+convolutions of the first stage's 64 channels and the second's 128: half of what 1×1 convolutions to more channels would keep, for a third of their time."""
+_recall: ContextVar[Callable[[Callable[[], Tensor]], Tensor] | None] = ContextVar("_recall", default=None)
 
 
 def scaled_channels(channels: int, width: float) -> int:
@@ -48,25 +51,62 @@ def check_images(images: Tensor, in_channels: int, minimum_size: tuple[int, int]
     check_image_size((images.shape[2], images.shape[3]), minimum_size, DataError)
 
 
-def recomputed(module: nn.Module, images: Tensor, *, selective: bool) -> Tensor:
-    """Return `module(images)` without keeping its inner activations: the backward pass computes them again.
+def recomputed(function: Callable, *inputs: Tensor, buffers_of: nn.Module, selective: bool) -> Any:
+    """Return `function(*inputs)` without keeping its inner activations: the backward pass computes them again.
 
     `selective` keeps the outputs of convolutions, but of those that cost less than `CHEAP` products a value: little beside what they would keep.
+    What `function` gets by `remembered` is kept either way.
 
-    The second pass works on copies of the buffers, so that batch norm's running statistics move once a step and not twice.
-    Nothing random may happen inside `module`: the random state is not put back.
+    The second pass works on copies of the buffers of `buffers_of`, so that batch norm's running statistics move once a step and not twice.
+    Nothing random may happen inside `function`: the random state is not put back.
     """
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        first, second = create_selective_checkpoint_contexts(_worth_keeping) if selective else (nullcontext(), nullcontext())
-        return first, _both(_spared_buffers(module), second)
+        kept: list[Tensor] = []
+        first, second = [_remembering(kept)], [_recalling(kept), _spared_buffers(buffers_of)]
+        if selective:
+            for own, torchs in zip((first, second), create_selective_checkpoint_contexts(_worth_keeping), strict=True):
+                own.append(torchs)
+        return _all(first), _all(second)
 
     if not torch.is_grad_enabled():
-        return module(images)
+        return function(*inputs)
     with set_checkpoint_early_stop(
         False
     ):  # it ends the second pass by an exception, which with our own operators keeps that pass's tensors alive
-        return checkpoint(module, images, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def remembered(compute: Callable[[], Tensor]) -> Tensor:
+    """Return `compute()`; in the second pass of `recomputed` what it was in the first: for what is small, or is kept anyway as the next block's input."""
+    recall = _recall.get()
+    return recall(compute) if recall else compute()
+
+
+@contextmanager
+def _remembering(kept: list[Tensor]) -> Iterator[None]:
+    def recall(compute: Callable[[], Tensor]) -> Tensor:
+        kept.append(compute())
+        return kept[-1].data  # a tensor of its own: one that got the graph, which keeps `kept`, would keep itself
+
+    with _recalled_by(recall):
+        yield
+
+
+@contextmanager
+def _recalling(kept: list[Tensor]) -> Iterator[None]:
+    left = iter(kept)
+    with _recalled_by(lambda _compute: next(left).data):
+        yield
+
+
+@contextmanager
+def _recalled_by(recall: Callable[[Callable[[], Tensor]], Tensor]) -> Iterator[None]:
+    before = _recall.set(recall)
+    try:
+        yield
+    finally:
+        _recall.reset(before)
 
 
 def _worth_keeping(_context: object, operator: torch._ops.OpOverload, *inputs: object, **_: object) -> CheckpointPolicy:
@@ -78,8 +118,10 @@ def _worth_keeping(_context: object, operator: torch._ops.OpOverload, *inputs: o
 
 
 @contextmanager
-def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Iterator[None]:
-    with outer, inner:
+def _all(managers: list[AbstractContextManager]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for manager in managers:
+            stack.enter_context(manager)
         yield
 
 

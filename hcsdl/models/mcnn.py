@@ -101,7 +101,9 @@ class MCNN(nn.Module):
         for n, column in enumerate(self.columns):
             if n > 0:
                 images = self.halve(images)
-            parts.append(recomputed(column, images, selective=False) if self.checkpoint_activations == "full" else column(images))
+            parts.append(
+                recomputed(column, images, buffers_of=column, selective=False) if self.checkpoint_activations == "full" else column(images)
+            )
         return F.relu(self.mix(torch.cat(parts, dim=1)))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:

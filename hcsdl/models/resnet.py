@@ -7,6 +7,10 @@ weights drawn from a given seed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -32,7 +36,7 @@ class ResNet(nn.Module):
     width : multiplies every layer's channels, see `scaled_channels`.
     zero_init_residual : start the last batch norm of every block at zero (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
     checkpoint_activations : what the backward pass computes again. none: nothing. selective: all but the outputs of convolutions that cost much, see
-        `recomputed`. full: all but the blocks' inputs. (By stage saves far less: the first alone holds 40 % of the activations.)
+        `recomputed`. full: all but the inputs of stem and blocks. (By stage saves far less: the first alone holds 40 % of the activations.)
 
     Attributes
     ----------
@@ -81,14 +85,19 @@ class ResNet(nn.Module):
         Raises `DataError` on another number of channels or an image below `minimum_size`.
         """
         check_images(images, self.in_channels, self.minimum_size)
-        features = self.stem(images)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
-                if self.checkpoint_activations == "none":
-                    features = block(features)
-                else:
-                    features = recomputed(block, features, selective=self.checkpoint_activations == "selective")
+        return self.blocks(self.kept_or_recomputed(self.stem, images, buffers_of=self.bn1))
+
+    def blocks(self, features: Tensor) -> Tensor:
+        """Return the feature map, of what the stem makes."""
+        for block in chain(self.layer1, self.layer2, self.layer3, self.layer4):
+            features = self.kept_or_recomputed(block, features, buffers_of=block)
         return features
+
+    def kept_or_recomputed(self, function: Callable, *inputs: Tensor, buffers_of: nn.Module) -> Any:
+        """Return `function(*inputs)`, whose inner activations are kept or not as `checkpoint_activations` says; `buffers_of` as in `recomputed`."""
+        if self.checkpoint_activations == "none":
+            return function(*inputs)
+        return recomputed(function, *inputs, buffers_of=buffers_of, selective=self.checkpoint_activations == "selective")
 
     def stem(self, images: Tensor) -> Tensor:
         """Return what the first block takes, (N, C, ceil(H/4), ceil(W/4)), of `images` (N, in_channels, H, W)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hcsdl.kernels import batch_norm
-from hcsdl.kernels.batch_norm import batch_norm_relu, plain_batch_norm_relu
+from hcsdl.kernels.batch_norm import batch_norm_relu, batch_norm_relu_twice, plain_batch_norm_relu
 from hcsdl.kernels.native.build import InstructionSet
 from tests.kernels import instructions
 
@@ -187,6 +187,35 @@ def test_bits_do_not_depend_on_the_number_of_threads(form: str) -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(other[name], value) for other in found[1:] for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("each", instructions.EACH)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_two_gradients_are_added_as_autograd_adds_them(each: InstructionSet, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    instructions.use(each, batch_norm, monkeypatch)
+    for shape in SHAPES:
+        torch.manual_seed(9)
+        norm = norm_of(shape[1])
+        x, residual, first, second = (drawn(shape, dtype, seed) for seed in range(4))
+        second[0, 0, 0, 0] = float("nan")
+        for one, other in ((first, second), (first, None), (None, second), (first.contiguous(), second)):
+            together = sum(each for each in (one, other) if each is not None)
+            expected = passes(batch_norm_relu, x, copy.deepcopy(norm), "add", residual, together)
+            weights, taken = copy.deepcopy(norm), [x.detach().requires_grad_(), residual.detach().requires_grad_()]
+            twice = batch_norm_relu_twice(taken[0], weights, taken[1])
+            assert twice[0].data_ptr() == twice[1].data_ptr() and torch.equal(twice[1], expected["out"])
+            given = [(out, gradient) for out, gradient in zip(twice, (one, other), strict=True) if gradient is not None]
+            torch.autograd.backward(*zip(*given, strict=True))
+            found = {"dx": taken[0].grad, "dresidual": taken[1].grad, "dweight": weights.weight.grad, "dbias": weights.bias.grad}
+            for name, value in found.items():
+                torch.testing.assert_close(value, expected[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def test_evaluation_gives_torchs_output_twice() -> None:
+    norm = norm_of(12).eval()
+    x, residual = (drawn((2, 12, 4, 4), torch.float32, seed) for seed in range(2))
+    for out in batch_norm_relu_twice(x, norm, residual):
+        assert torch.equal(out, plain_batch_norm_relu(x, norm, residual))
 
 
 def test_outputs_past_the_caches_are_the_same() -> None:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import gc
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from hcsdl.config import ModelConfig, TrainingConfig
 from hcsdl.distributed.group import Group
-from hcsdl.kernels import Kernels, convolution
+from hcsdl.kernels import Kernels, batch_norm, convolution
 from hcsdl.kernels.inference import for_inference
-from hcsdl.kernels.replacement import replace_operators, replaced
+from hcsdl.kernels.replacement import FusedResNet, replace_operators, replaced
 from hcsdl.models import build_model
+from hcsdl.models.resnet import ResNet
 from hcsdl.training.optimizers import build_optimizer
 from tests import runs
 from tests.distributed.ranks import on_ranks
@@ -98,6 +104,63 @@ def test_recomputed_activations_give_the_same_bits(name: str, precision: str, ho
     assert all(torch.equal(a, b) for a, b in zip(recomputed.buffers(), kept.buffers(), strict=True)), "statistics move once"
 
 
+@pytest.mark.parametrize("how", ["none", "selective"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_branch_and_shortcut_are_added_in_batch_norm_with_the_same_bits(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = FUSED["bf16"].prepare(network(name, checkpoint_activations=how))
+    found, added = {}, {}
+    for who in ("us", "autograd"):
+        if who == "autograd":
+            monkeypatch.setattr(FusedResNet, "blocks", ResNet.blocks)
+        model.zero_grad()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
+            found[who] = gradients(model, FUSED["bf16"], images())
+        rows = [row for row in seen.key_averages(group_by_input_shape=True) if row.key in ("aten::add", "aten::add_")]
+        added[who] = sum(row.count for row in rows if len(row.input_shapes[0]) == 4)
+    assert all(torch.equal(found["us"][key], value) for key, value in found["autograd"].items())
+    blocks = sum(isinstance(part, (BasicBlock, Bottleneck)) for part in model.modules())
+    assert added == {"us": 1, "autograd": blocks}, "the stem's output has no batch norm of its own behind it"
+
+
+def test_a_block_alone_is_torchvisions() -> None:
+    plain = network("resnet50").layer2
+    ours = copy.deepcopy(plain)
+    replace_operators(ours)
+    x, y = (torch.randn(2, 64, 16, 20, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    expected, found = plain(x), ours(y)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    expected.square().sum().backward(), found.square().sum().backward()
+    torch.testing.assert_close(y.grad, x.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_recomputation_measures_no_statistics_and_makes_no_block_output_again(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    native, calls = batch_norm.operators(), Counter()
+
+    def counting(name: str) -> Callable[..., int]:
+        return lambda *arguments: calls.update([name]) or getattr(native, name)(*arguments)
+
+    names = "batch_norm_measure", "batch_norm_apply", "batch_norm_backward"
+    monkeypatch.setattr(batch_norm, "operators", lambda: SimpleNamespace(**{name: counting(name) for name in names}))
+    model, _ = FUSED["bf16"].prepare(network("resnet18", checkpoint_activations=how))
+    gradients(model, FUSED["bf16"], images())
+    assert calls == {"batch_norm_measure": 20, "batch_norm_apply": 2 * 20 - 8, "batch_norm_backward": 20}
+
+
+def test_what_is_kept_goes_with_the_graph() -> None:
+    """Without a backward pass, too, and without the garbage collector: what recomputation keeps does not keep itself."""
+    model, _ = FUSED["bf16"].prepare(network("resnet18", checkpoint_activations="selective"))
+    gc.collect()
+    gc.disable()
+    try:
+        logits = model(images())
+        assert any(type(seen).__name__ == "_BatchNormBackward" for seen in gc.get_objects())
+        del logits
+        assert not any(type(seen).__name__ == "_BatchNormBackward" for seen in gc.get_objects())
+    finally:
+        gc.enable()
+
+
 def test_gradients_add_up_over_passes() -> None:
     model, _ = FUSED["bf16"].prepare(network("resnet18"))
     parts = [gradients(copy.deepcopy(model), FUSED["bf16"], images(seed=seed)) for seed in (1, 2)]
@@ -170,6 +233,19 @@ def test_optimizers_move_weights_as_without(optimizer: str) -> None:
         ours.step(), theirs.step()
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        assert a.stride() == b.to(memory_format=torch.channels_last).stride() if a.ndim == 4 else True
+        assert {value.shape for value in ours.state[a].values() if torch.is_tensor(value) and value.ndim} == {a.shape}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_fused_optimizers_copy_nothing(optimizer: str) -> None:
+    model = network("resnet18")
+    model, ours = FUSED["fp32"].prepare(model, build_optimizer(model, TrainingConfig(optimizer=optimizer)))
+    gradients(model, FUSED["fp32"], images())
+    ours.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        ours.step()
+    assert {row.key for row in seen.key_averages()} & {"aten::clone", "aten::contiguous"} == set()
 
 
 def test_weights_load_in_plain_torchvision() -> None:

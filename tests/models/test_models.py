@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 import hcsdl.kernels.winograd  # noqa: F401  defines an operator
 from hcsdl.config import ConfigError, DataError, ModelConfig
 from hcsdl.models import build_model
-from hcsdl.models.layers import _worth_keeping, scaled_channels
+from hcsdl.models.layers import _worth_keeping, recomputed, remembered, scaled_channels
 from hcsdl.models.resnet import LAYOUTS
 
 SMALL = {"resnet18": (64, 96), "resnet34": (64, 96), "resnet50": (64, 96), "mcnn": (128, 128)}
@@ -164,7 +164,7 @@ def test_recomputed_activations_change_nothing(name, head, bf16, how):
 def test_recomputing_keeps_fewer_tensors():
     """The switch does what it is for: less is kept between the passes, and as much of it as is said."""
     kept = {how: kept_bytes("resnet50", how) for how in ("none", "selective", "full")}
-    assert kept["full"] < kept["selective"] < 0.6 * kept["none"]
+    assert kept["full"] < kept["selective"] < 0.35 * kept["none"], "the stem holds 0.09 of it"
 
 
 @pytest.mark.parametrize(
@@ -177,6 +177,22 @@ def test_selective_keeps_what_costs_much(taken, made, side, kept):
     for operator in (torch.ops.aten.convolution.default, torch.ops.hcsdl.convolution.default):
         policy = _worth_keeping(None, operator, torch.empty(1, taken, 8, 8), weight)
         assert (policy == CheckpointPolicy.MUST_SAVE) == kept
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_what_is_remembered_is_not_computed_again(selective):
+    """The second pass takes what the first one had, in the same order, and computes the rest; the same gradients come of it."""
+    calls, norm = [], torch.nn.BatchNorm1d(3)
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    def function(x, y):
+        means = [remembered(lambda place=place: calls.append(place) or x.detach().mean(place)) for place in (0, 1)]
+        return norm((x - means[0]).exp() * y) * means[1][:, None]
+
+    expected = torch.autograd.grad(function(x, 2 * x).sum(), x)[0]
+    found = torch.autograd.grad(recomputed(function, x, 2 * x, buffers_of=norm, selective=selective).sum(), x)[0]
+    assert torch.equal(found, expected) and expected.any()
+    assert calls == [0, 1, 0, 1] and norm.num_batches_tracked == 2
 
 
 def kept_bytes(name, how):

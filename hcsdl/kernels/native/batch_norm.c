@@ -3,7 +3,7 @@
  * Activations are matrices of `rows` pixels by `channels`, dense (channels_last), float or bf16; arithmetic, parameters and statistics are float, sums over
  * more than CHUNK rows double. The forward pass reads x twice and writes y once; the backward pass reads x and dy twice and writes dx once (with a residual:
  * x twice, dy and y once; it writes the residual's gradient, which is dy where the ReLU let it through, and reads that again). Without a residual the ReLU's
- * mask is computed again from x, in the very same arithmetic.
+ * mask is computed again from x, in the very same arithmetic. With one, dy may come in two parts: their sum is rounded as if it had been stored.
  *
  * Sums are taken over chunks of rows and then over chunks in their order, so results do not depend on the number of threads. The second pass goes backwards
  * through the rows: the last ones are still in the cache. Variance is taken about a pixel's value, not about zero, so a large mean costs no digits.
@@ -109,13 +109,20 @@ INLINE void store(void *base, long at, pair v, int n, int type, int stream) {
     if (n < BLOCK) memcpy(p, part, n * sizeof *p);
 }
 
+/* What `store` and `load` would make of it. */
+INLINE pair as_stored(pair v, int type) {
+    if (type != BF16) return v;
+    words both = join(v.low, v.high);
+    return (pair){evens(both), odds(both)};
+}
+
 INLINE pair constants(const float *p) { return (pair){get(p), get(p + WIDTH)}; }
 INLINE void keep(float *p, pair v) { put(p, v.low), put(p + WIDTH, v.high); }
 #define EACH(result, expression_low, expression_high) pair result = {expression_low, expression_high}
 
 /* What a call works on. Arrays by channel have room for a whole number of blocks. */
 typedef struct {
-    const void *x, *residual, *dy, *y;
+    const void *x, *residual, *dy, *more_dy, *y;
     void *out, *dresidual;
     const float *mean, *scale, *bias, *mean_dz, *slope; /* z = (x - mean) scale + bias; dx = scale (dz - mean_dz - (x - mean) slope) */
     float *sums;                                        /* by chunk: two sums by channel */
@@ -180,6 +187,10 @@ INLINE void add_slopes(const Work *w, long row, int rows, long c, int n, float *
         long at = (row + r) * w->channels + c;
         pair v = load_and_fetch(w, w->x, row, r, c, n, type), g = load_and_fetch(w, w->dy, row, r, c, n, type);
         EACH(d, v.low - m.low, v.high - m.high);
+        if (form == ADD_RELU && w->more_dy) {
+            pair more = load_and_fetch(w, w->more_dy, row, r, c, n, type);
+            g = as_stored((pair){g.low + more.low, g.high + more.high}, type);
+        }
         g = through_relu(w, row, r, d, g, c, n, type, form);
         if (form == ADD_RELU) {
             if (w->stream) store(w->dresidual, at, g, n, type, 1);
@@ -262,12 +273,12 @@ static float *begin(Work *w, int arrays, int type) {
 }
 
 /* Statistics (2 x channels: mean, 1 / standard deviation) are written, running ones moved by `factor` where there are any (NULL: none). */
-int batch_norm_forward(int type, int form, const void *x, const void *residual, const float *weight, const float *bias, float *running_mean,
-                       float *running_var, double factor, double eps, float *statistics, void *y, long rows, long channels, int threads) {
-    Work w = {.x = x, .residual = residual, .out = y, .rows = rows, .channels = channels};
-    float *mean = begin(&w, 3, type), *scale = mean + w.padded, *shift = scale + w.padded;
+int batch_norm_measure(int type, const void *x, float *running_mean, float *running_var, double factor, double eps, float *statistics, long rows,
+                       long channels, int threads) {
+    Work w = {.x = x, .rows = rows, .channels = channels};
+    float *mean = begin(&w, 1, type);
     if (!mean) return 1;
-    w.mean = mean, w.scale = scale, w.bias = shift;
+    w.mean = mean;
     for (long c = 0; c < channels; c++)
         if (type == BF16) memcpy(mean + place(c, type), (uint16_t[2]){0, ((const uint16_t *)x)[c]}, 4);
         else mean[c] = ((const float *)x)[c];
@@ -287,29 +298,43 @@ int batch_norm_forward(int type, int form, const void *x, const void *residual, 
                     running_mean[c] = factor * average + (1 - factor) * running_mean[c];
                     running_var[c] = factor * (var * rows / (rows - 1)) + (1 - factor) * running_var[c];
                 }
-                statistics[c] = mean[i] = average;
+                statistics[c] = average;
                 statistics[channels + c] = 1 / sqrt(var + eps);
-                scale[i] = weight[c] * statistics[channels + c];
-                shift[i] = bias[c];
             }
         }
-        pass_over(&w, APPLY, type, form);
     }
     free(mean);
     return 0;
 }
 
-/* `y` and `dresidual` are used with a residual only. */
-int batch_norm_backward(int type, int form, const void *x, const void *dy, const void *y, const float *weight, const float *bias, const float *statistics,
-                        float *dweight, float *dbias, void *dx, void *dresidual, long rows, long channels, int threads) {
-    Work w = {.x = x, .dy = dy, .y = y, .out = dx, .dresidual = dresidual, .rows = rows, .channels = channels};
+static void set_constants(const Work *w, const float *statistics, const float *weight, const float *bias, float *mean, float *scale, float *shift, int type) {
+    for (long c = 0; c < w->channels; c++) {
+        long i = place(c, type);
+        mean[i] = statistics[c], scale[i] = weight[c] * statistics[w->channels + c], shift[i] = bias[c];
+    }
+}
+
+int batch_norm_apply(int type, int form, const void *x, const void *residual, const float *weight, const float *bias, const float *statistics, void *y,
+                     long rows, long channels, int threads) {
+    Work w = {.x = x, .residual = residual, .out = y, .rows = rows, .channels = channels};
+    float *mean = begin(&w, 3, type), *scale = mean + w.padded, *shift = scale + w.padded;
+    if (!mean) return 1;
+    w.mean = mean, w.scale = scale, w.bias = shift;
+    set_constants(&w, statistics, weight, bias, mean, scale, shift, type);
+#pragma omp parallel num_threads(threads)
+    pass_over(&w, APPLY, type, form);
+    free(mean);
+    return 0;
+}
+
+/* `more_dy` (NULL: none), `y` and `dresidual` are used with a residual only. */
+int batch_norm_backward(int type, int form, const void *x, const void *dy, const void *more_dy, const void *y, const float *weight, const float *bias,
+                        const float *statistics, float *dweight, float *dbias, void *dx, void *dresidual, long rows, long channels, int threads) {
+    Work w = {.x = x, .dy = dy, .more_dy = more_dy, .y = y, .out = dx, .dresidual = dresidual, .rows = rows, .channels = channels};
     float *mean = begin(&w, 5, type), *scale = mean + w.padded, *shift = scale + w.padded, *mean_dz = shift + w.padded, *slope = mean_dz + w.padded;
     if (!mean) return 1;
     w.mean = mean, w.scale = scale, w.bias = shift, w.mean_dz = mean_dz, w.slope = slope;
-    for (long c = 0; c < channels; c++) {
-        long i = place(c, type);
-        mean[i] = statistics[c], scale[i] = weight[c] * statistics[channels + c], shift[i] = bias[c];
-    }
+    set_constants(&w, statistics, weight, bias, mean, scale, shift, type);
 #pragma omp parallel num_threads(threads)
     {
         pass_over(&w, SLOPES, type, form);
