@@ -28,6 +28,7 @@ from hcsdl.distributed.identity import Identity
 from hcsdl.distributed.launcher import Stop
 from hcsdl.kernels import choose_kernels
 from hcsdl.kernels.device import device_limit_gib, device_name, own_device, peak_device_gib, random_state, set_random_state
+from hcsdl.kernels.memory import release_freed_tensors
 from hcsdl.kernels.replacement import replaced
 from hcsdl.machine.allocation import memory_limit_gib, time_limit
 from hcsdl.machine.memory import peak_rss_gib
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from hcsdl.training.metrics import Scores
 
 log = logging.getLogger(__name__)
+SCORES_GIB = 0.08  # torchmetrics and what it needs, small tensors, threads of another loader (measured here)
 
 
 class Run:
@@ -271,9 +273,8 @@ class Run:
             return self._peak_gib()
 
         def gather(passes: Footprint) -> list[Need]:
-            fixed, field = self._besides_passes_gib(0), self._besides_passes_gib(1)
-            own = Footprint(passes.fixed_gib + fixed, passes.field_gib + field - fixed)
-            return self.group.all_gather_object(Need(self._memory_of, own, limit_gib))
+            peaks_gib = [passes.peak_gib(fields) + self._besides_passes_gib(fields) for fields in range(1, max(self.share, asked or 1) + 1)]
+            return self.group.all_gather_object(Need(self._memory_of, peaks_gib, limit_gib))
 
         fields, peak_gib = settle(asked, self.share, training.memory_share, peak_after, gather, self._whose)
         if auto:
@@ -302,12 +303,16 @@ class Run:
         return node_bytes / 2**30 if enforced else memory_limit_gib(node_bytes)
 
     def _besides_passes_gib(self, mini_batch_size: int) -> float:
-        """Return what this rank will hold besides its passes, in GiB: fields that stand ready, those of the step in use, the optimizer's state."""
-        fields = self.config.data.prefetch * mini_batch_size + 2 * self.share
+        """Return what this rank will hold besides one pass, in GiB: fields that stand ready, those of the step in use that the pass has not, gradients
+        that a step's later passes add to, the optimizer's state, and on the processor what comes with the first score.
+
+        Validation and checkpoints need no more: a step's activations and gradients make room for them.
+        """
+        fields = max(self.config.data.prefetch * mini_batch_size, self.share) + self.share - mini_batch_size
+        slots = SLOTS[self.config.training.optimizer] * (not self.optimizer.state)  # they come with the first step
         held = loader_gib(1, (fields, len(self.plan.channels), *self.plan.image_size))
-        if not self.optimizer.state:  # it comes with the first step
-            held += optimizer_gib(sum(p.numel() for p in self.bare.parameters()), SLOTS[self.config.training.optimizer])
-        return held
+        held += optimizer_gib(sum(p.numel() for p in self.bare.parameters()), slots + (mini_batch_size < self.share))
+        return held + (SCORES_GIB if self.device.type == "cpu" else 0)
 
     def _throw_away_pass(self, fields: int) -> None:
         images = torch.zeros(fields, len(self.plan.channels), *self.plan.image_size, device=self.device)
@@ -321,7 +326,10 @@ class Run:
         table = self.index.table
         val = (table["Metadata_Split"] == "val").to_numpy().nonzero()[0]
         rows = val[evaluation_rows(len(val), self.group.rank, self.group.world_size)]
-        loader = EvalLoader(self.index, rows, self.labels, self.preprocessing, self.config.data, self.mini_batch_size, self.sender)
+        # What is ready for training stays so: no more beside it than keeps the threads at work, so that validation fits where a step does.
+        enough = math.ceil(self.config.data.workers / self.mini_batch_size) or 1
+        data = dataclasses.replace(self.config.data, prefetch=min(self.config.data.prefetch, enough))
+        loader = EvalLoader(self.index, rows, self.labels, self.preprocessing, data, self.mini_batch_size, self.sender)
         with buffers_swapped(self.bare, self.group.averaged_buffers(self.bare)):
             rows, labels, logits = predict(self.bare, loader, self.kernels, self.group)
         self.bad_fields |= loader.bad_fields
@@ -397,8 +405,11 @@ class Run:
         self.journal.event("checkpoint", state.step, {"file": path.name})
 
     def _weights(self, averaged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the network's state_dict as plain contiguous tensors on the processor, its floating-point buffers replaced by the averaged ones."""
-        return {name: averaged.get(name, value).detach().cpu().contiguous().clone() for name, value in self.bare.state_dict().items()}
+        """Return the network's state_dict as plain contiguous tensors on the processor, its floating-point buffers replaced by the averaged ones.
+
+        They are copies only where they must be: write them before the next step.
+        """
+        return {name: averaged.get(name, value).detach().cpu().contiguous() for name, value in self.bare.state_dict().items()}
 
     def finish(self, seconds: float) -> None:
         """Write weights and summary, print the tables (rank 0)."""
@@ -409,7 +420,9 @@ class Run:
         if self.group.rank > 0:
             return
         self.folder.check_newest()
+        release_freed_tensors()  # no step comes that would use their memory again
         write_atomically(self.folder.weights, safetensors.torch.save(self._weights(averaged)))
+        rss = max(rss, peak_rss_gib())
         from hcsdl.training.metrics import format_scores
 
         assert self.last_scores is not None

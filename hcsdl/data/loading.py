@@ -89,8 +89,10 @@ class _Loader:
                     self.sender.receive(images, sent)
                 self.wait_s += time.perf_counter() - started
                 pending.extend(self._start(pool, *item) for item in islice(plan, 1))
-                if rows.max() > _NOTHING:
-                    yield self._mini_batch(images, rows)
+                ready = [self._mini_batch(images, rows)] if rows.max() > _NOTHING else []
+                del images, places  # whoever takes it is the only one to hold it
+                if ready:
+                    yield ready.pop()
         finally:
             if pool is not None:
                 pool.shutdown(wait=True, cancel_futures=True)

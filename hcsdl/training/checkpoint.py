@@ -6,7 +6,6 @@ In: a `Checkpoint`, or a folder of them. Out: files, or the newest that is whole
 from __future__ import annotations
 
 import dataclasses
-import io
 import logging
 import os
 import pickle
@@ -15,11 +14,12 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from hcsdl.config import ConfigError, DataError
-from hcsdl.training.run_folder import SCHEMA_VERSION, write_atomically
+from hcsdl.training.run_folder import SCHEMA_VERSION, written_atomically
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,16 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path, *, keep: int, best: bool) -> Path:
-    """Write `folder/step-<step>.pt`, drop all but the `keep` newest, and let `best.pt` be this one where `best`. Raises OSError (full disk)."""
-    buffer = io.BytesIO()
-    torch.save({f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint)}, buffer)
+    """Write `folder/step-<step>.pt`, drop all but the `keep` newest, and let `best.pt` be this one where `best`. Raises OSError (full disk).
+
+    The tensors go to the file one by one: no second copy of them is made.
+    """
     path = folder / f"step-{checkpoint.step:08d}.pt"
-    write_atomically(path, buffer.getbuffer())
+    with written_atomically(path) as file:
+        through = _Through(file)
+        torch.save({f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint)}, through)
+        if through.error:
+            raise through.error
     if best:
         _link(path, folder / "best.pt")
     own = [p for p in list_checkpoints(folder) if p <= path]
@@ -69,6 +74,25 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, *, keep: int, best: bo
     ]:  # newer ones are broken: this run went on from before them
         old.unlink(missing_ok=True)
     return path
+
+
+class _Through:
+    """A file for `torch.save`, which makes of a full disk's OSError a RuntimeError without its number: kept here, to be raised after it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: memoryview) -> int:
+        if not self.error:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing: the file is flushed when all is written."""
 
 
 def _link(path: Path, link: Path) -> None:

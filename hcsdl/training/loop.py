@@ -97,6 +97,7 @@ def train(parts: Parts, state: State) -> State:
             save_due = time.monotonic() - saved >= parts.config.checkpoint_every_s
             with parts.group.in_step("training"):
                 outcome = train_step(parts, batches, state.step, save_due)
+            del batches  # validation needs their room
             step_s, last = time.monotonic() - last, time.monotonic()
             state.step += 1
             state.elapsed_s = before_s + last - begun

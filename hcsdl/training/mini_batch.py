@@ -15,10 +15,9 @@ from hcsdl.training.budget import gib
 
 @dataclass(frozen=True)
 class Footprint:
-    """Peak resident memory of one rank, or its peak of GPU memory, in GiB: `fixed_gib`, and `field_gib` more for each field of its mini-batch.
+    """Peak of resident or GPU memory that one rank's passes reach, in GiB: `fixed_gib`, and `field_gib` more for each field of its mini-batch.
 
-    What a pass keeps grows with its fields in proportion; what does not (weights, gradients, code) is the rest. Peaks of ResNet-18, ResNet-50 and
-    M-CNN over 6 fields were predicted from 1 and 2 within 8 % (measured here).
+    What a pass keeps grows with its fields in proportion; what does not (weights, gradients, code) is the rest.
     """
 
     fixed_gib: float
@@ -31,10 +30,13 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Need:
-    """One rank: the node it is on (a GPU counts as one), its footprint, and what its node may hold, in GiB."""
+    """One rank: the node it is on (a GPU counts as one), its peak with a mini-batch of 1, 2, … fields, and what its node may hold, in GiB.
+
+    Whole trainings of ResNet-18, ResNet-50 and M-CNN, scores and checkpoints included, stayed within 10 % of these peaks (BENCHMARKS.md).
+    """
 
     node: str
-    footprint: Footprint
+    peaks_gib: Sequence[float]
     limit_gib: float
 
 
@@ -53,7 +55,7 @@ def fullest(needs: Sequence[Need], fields: int) -> tuple[float, float]:
     nodes = []
     for name in sorted({need.node for need in needs}):
         here = [need for need in needs if need.node == name]
-        nodes.append((sum(need.footprint.peak_gib(fields) for need in here), min(need.limit_gib for need in here)))
+        nodes.append((sum(need.peaks_gib[fields - 1] for need in here), min(need.limit_gib for need in here)))
     return max(nodes, key=lambda node: node[0] / node[1])
 
 
@@ -81,7 +83,7 @@ def settle(
     share : fields of a step that fall to this rank; the mini-batch divides it.
     memory_share : part of a node's memory that may be filled, where it is ours to choose.
     peak_after : makes a throw-away pass over so many fields, none for 0; returns this process's peak in GiB.
-    gather : footprint of this rank's passes → `Need` of all ranks, in their order, with all else that a rank will hold.
+    gather : footprint of this rank's passes → `Need` of all ranks, in their order, for up to `share` fields, with all else that a rank will hold.
     whose : node or GPU: what the memory is called.
 
     Raises ConfigError where the mini-batch asked for, or a single field, does not fit.

@@ -19,7 +19,10 @@ import logging
 import math
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from hcsdl.config import ConfigError
 
@@ -118,11 +121,18 @@ class RunFolder:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a crash, a kill or a full disk leaves either the old file or the whole new one. Raises OSError, with the path."""
+    """Write `data` to `path`, as `written_atomically` does."""
+    with written_atomically(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Let what is written inside be `path`: a crash, a kill or a full disk leaves either the old file or the whole new one. Raises OSError, with the path."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

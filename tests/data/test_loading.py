@@ -6,6 +6,7 @@ import gc
 import hashlib
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,18 @@ def test_no_more_mini_batches_than_asked_for_are_loaded_ahead(screen, monkeypatc
         next(stream)
         time.sleep(0.05)
         assert len(started) <= 2 * (used + 3)
+    stream.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_step_that_is_done_is_let_go(screen, workers):
+    """Before the next is asked for: validation needs its room."""
+    stream = iter(screen.train(size=4, mini=2, workers=workers, steps=(0, 2)))
+    step = next(stream)
+    held = [weakref.ref(batch.images) for batch in step]
+    assert all(images() is not None for images in held) and len(held) == 2
+    del step
+    assert all(images() is None for images in held)
     stream.close()
 
 

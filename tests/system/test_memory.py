@@ -64,6 +64,25 @@ def plates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_the_predicted_peak_is_that_of_a_whole_training(plates: Path, tmp_path: Path) -> None:
+    """Of M-CNN with 24 million weights, whose checkpoint is large beside a step: steps, scores in the middle and at the end, checkpoints."""
+    words = [
+        "model=mcnn",
+        "model.width=1.5",
+        "kernels=native",
+        "distributed.ranks=1",
+        "plates.val_fraction=0.6",
+        "training=adamw",
+        "training.global_batch_size=2",
+    ]
+    words += ["training.max_steps=4", "training.mini_batch_size=auto", f"plates.root={plates}", f"run_dir={tmp_path / 'run'}"]
+    said = runs.run("train", *runs.TINY, *words).stderr
+    [(fields, predicted)] = re.findall(r"mini-batches of (\d) fields a rank, 1 a step: predicted to fill ([\d.]+) of", said)
+    summary = runs.summary(tmp_path / "run")
+    assert int(fields) == 2 and len(summary["history"]) > 1
+    assert abs(float(predicted) / summary["peak_rss_gib"] - 1) < 0.1, (predicted, summary["peak_rss_gib"])
+
+
 def test_auto_trains_within_a_limit_and_what_is_beyond_it_is_refused(group: tuple[Path, Path], plates: Path, tmp_path: Path) -> None:
     """The mini-batch is smaller than the step's fields, its prediction holds within 10 %, and going on without the limit keeps it."""
     train = ["train", *runs.TINY, *WORDS, f"plates.root={plates}"]

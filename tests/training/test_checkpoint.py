@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import resource
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -111,21 +113,37 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_file_too_large_for_the_disk_leaves_the_old_one(tmp_path: Path) -> None:
+def test_no_second_copy_is_made_to_write_it(tmp_path: Path) -> None:
+    large = checkpoint(value=1.0)
+    large.model["weight"] = torch.ones(8_000_000)
+    tracemalloc.start()
+    try:
+        path = save_checkpoint(large, tmp_path, keep=1, best=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 32e6 / 10 < path.stat().st_size
+    assert torch.equal(load_checkpoint(path).model["weight"], large.model["weight"])
+
+
+@pytest.mark.parametrize("weights", [9, 1_000_000], ids=["at the end", "while torch writes"])
+def test_a_file_too_large_for_the_disk_leaves_the_old_one(tmp_path: Path, weights: int) -> None:
     save_checkpoint(checkpoint(1), tmp_path, keep=1, best=True)
     script = f"""
-import resource, sys
+import resource, sys, torch
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
 from tests.training.test_checkpoint import checkpoint
 from hcsdl.training.checkpoint import save_checkpoint
+new = checkpoint(2)
+new.model["weight"] = torch.zeros({weights})
 try:
-    save_checkpoint(checkpoint(2), Path({str(tmp_path)!r}), keep=1, best=True)
+    save_checkpoint(new, Path({str(tmp_path)!r}), keep=1, best=True)
 except OSError as error:
-    print(type(error).__name__)
+    print(type(error).__name__, error)
 """
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
-    assert said.stdout.strip() == "OSError"
+    assert re.fullmatch(r"OSError .*File too large: '.*step-00000002.pt'", said.stdout.strip())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "step-00000001.pt"]
     assert load_checkpoint(tmp_path / "best.pt").step == 1
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

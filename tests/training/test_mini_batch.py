@@ -21,7 +21,8 @@ class Process:
         return self.before + (self.fixed + fields * self.field if fields else 0)
 
     def gather(self, own: Footprint) -> list[Need]:
-        return [Need("a", own, self.limit), Need("a", own, self.limit), Need("b", own, 1000.0)]
+        peaks = [own.peak_gib(fields) for fields in range(1, 13)]
+        return [Need("a", peaks, self.limit), Need("a", peaks, self.limit), Need("b", peaks, 1000.0)]
 
     def settle(self, asked: int | None, share: int = 12) -> int:
         return settle(asked, share, 0.8, self.peak_after, self.gather)[0]
@@ -65,7 +66,7 @@ def test_the_peak_of_any_mini_batch_follows_from_one_and_two() -> None:
 
 
 def test_every_node_counts() -> None:
-    needs = [Need("a", Footprint(1, 1), 10), Need("b", Footprint(1, 2), 10), Need("b", Footprint(1, 1), 10)]
+    needs = [Need("a", [2, 3, 4, 5], 10), Need("b", [3, 5, 7, 9], 10), Need("b", [2, 3, 4, 5], 10)]
     assert fullest(needs, 2) == (8, 10)
     assert largest_fitting(needs, 4, 0.8) == 2
     assert largest_fitting(needs, 4, 0.4) == 0
