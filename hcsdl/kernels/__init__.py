@@ -70,12 +70,14 @@ def _fuse(optimizer: torch.optim.Optimizer) -> None:
     """Let torch's SGD or AdamW read and write each weight once a step.
 
     They copy a gradient that is not contiguous, and leave the copy unused (2.8, 2.13); so for the step torch sees its dimensions in memory's order.
+    The step must have no closure, which would meet the weights like that.
     """
     for group in optimizer.param_groups:
         group |= {"fused": True, "foreach": False}
     turned: list[torch.Tensor] = []
 
     def before(moving: torch.optim.Optimizer, *_: object) -> None:
+        after(moving)  # a step that failed
         _lay_out_alike(moving)
         turned[:] = [
             weight for group in moving.param_groups for weight in group["params"] if weight.grad is not None and _is_turned(weight)
@@ -84,6 +86,7 @@ def _fuse(optimizer: torch.optim.Optimizer) -> None:
 
     def after(moving: torch.optim.Optimizer, *_: object) -> None:
         _turn(moving, turned, (0, 3, 1, 2))
+        turned.clear()
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
@@ -100,7 +103,7 @@ def _turn(optimizer: torch.optim.Optimizer, weights: list[torch.Tensor], order: 
         state |= {key: value.permute(order) for key, value in state.items() if torch.is_tensor(value) and value.shape == weight.shape}
         weight.grad = None
         weight.data = weight.data.permute(order)
-        weight.grad = gradient.permute(order)
+        weight.grad = None if gradient is None else gradient.permute(order)
 
 
 @torch.no_grad()

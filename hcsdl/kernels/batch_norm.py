@@ -145,6 +145,8 @@ class _BatchNorm(torch.autograd.Function):
             (None if each is None else each.to(x.dtype).contiguous(memory_format=_CHANNELS_LAST) for each in gradients),
             key=lambda each: each is None,
         )
+        if dy is None:
+            return (None,) * 9
         dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
         dresidual = torch.empty_like(x) if ctx.form == _ADD_RELU else None
         read = _at(x), _at(dy), _at(more_dy), _at(y), _at(weight), _at(bias), _at(statistics)

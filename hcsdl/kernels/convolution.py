@@ -1,10 +1,9 @@
 """Convolutions that run our own operators in bf16, where the processor has AVX512_BF16 and no AMX.
 
-In: an `nn.Conv2d` under bf16 autocast. Out: its output. Promised: the same numbers up to rounding and the same bits with any number of threads; the weight's
-gradient is float from end to end (torch rounds it to bf16 on the way).
+In: an `nn.Conv2d` under bf16 autocast. Out: its output. Promised: the same numbers up to rounding and the same bits with any number of threads.
 
-3×3 convolutions with stride 1 run by `winograd` in all three products: 1.3 to 2 times oneDNN's speed here. Of others output and input gradient are torch's,
-bit for bit, and only the weight's gradient is ours: oneDNN reaches 0.8 to 0.95 of the matrix product's rate in forward passes and input gradients here, and
+3×3 convolutions with stride 1 run by `winograd` in all three products: 1.3 to 2 times oneDNN's speed here, with about twice its rounding error. Of others output
+and input gradient are torch's, bit for bit, and only the weight's gradient is ours, float from end to end (torch rounds it to bf16 on the way): oneDNN reaches 0.8 to 0.95 of the matrix product's rate in forward passes and input gradients here, and
 0.6 to 0.85 in weight gradients (BENCHMARKS.md). With AMX, oneDNN's own are expected to be far ahead of these operators; that is unmeasured.
 """
 
@@ -58,11 +57,11 @@ def replace_convolutions(modules: Iterable[nn.Module]) -> None:
 
 
 class InferenceConv2d(nn.Conv2d):
-    """A 3×3 `torch.nn.Conv2d` of bf16 activations and float32 weights by `winograd`, without gradients."""
+    """A 3×3 `torch.nn.Conv2d` of bf16 activations and float32 weights by `winograd`, outside autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of `x` (N, C, H, W), bf16."""
-        return winograd.convolution(x.contiguous(memory_format=_CHANNELS_LAST), self.weight, self.bias)
+        return _WinogradConvolution.apply(x, self.weight, self.bias)
 
 
 def replace_for_inference(model: nn.Module) -> list[nn.Module]:

@@ -85,6 +85,7 @@ class FusedResNet(ResNet):
     def blocks(self, features: Tensor) -> Tensor:
         """Return the feature map, of what the stem makes."""
         twice = features, features
+        del features  # which else lived through the whole pass
         for block in chain(self.layer1, self.layer2, self.layer3, self.layer4):
             twice = self.kept_or_recomputed(block, *twice, buffers_of=block)
         return twice[0]

@@ -51,25 +51,50 @@ def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
-    """Return the gradient (K, C, 3, 3), float32, channels_last, of a convolution's weight, from its input and its output's gradient, bf16, channels_last."""
+    """Return the gradient (K, C, 3, 3), float32, channels_last, of a convolution's weight, from its input (N, C, H, W) and that of its output, bf16."""
     images, channels, height, width = x.shape
-    shape = (c_int64 * 5)(images, height, width, channels, gradient.shape[1])
-    found = torch.empty(gradient.shape[1], 3, 3, channels)
+    out_channels = gradient.shape[1]
+    if gradient.shape != (images, out_channels, height, width):
+        raise TypeError(f"The gradient must have the input's images and size. Got {tuple(gradient.shape)} and {tuple(x.shape)} instead.")
+    x, gradient = _checked(x), _checked(gradient)
+    found = torch.empty(out_channels, 3, 3, channels)
+    if x.numel() == 0:
+        return found.zero_().permute(0, 3, 1, 2)
+    shape = (c_int64 * 5)(images, height, width, channels, out_channels)
     scratch = torch.empty(operators().weight_gradient_bytes(shape), dtype=torch.uint8)
     operators().weight_gradient(shape, *(tensor.data_ptr() for tensor in (x, gradient, found, scratch)), torch.get_num_threads())
     return found.permute(0, 3, 1, 2)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool = False) -> Tensor:
+    x = _checked(x)
     images, channels, height, width = x.shape
     out_channels, threads = weight.shape[1 if turned else 0], torch.get_num_threads()
+    wanted = (channels, out_channels, 3, 3) if turned else (out_channels, channels, 3, 3)
+    fits = weight.shape == wanted and out_channels % LANES == 0 and (bias is None or bias.shape == (out_channels,))
+    if not fits or weight.dtype != torch.float32:
+        raise TypeError(
+            f"The weight must be float32 of 3 × 3, from and to multiples of {LANES} channels. Got {weight.dtype} {tuple(weight.shape)} "
+            f"for activations {tuple(x.shape)} instead: use torch's convolution."
+        )
     weight = weight.contiguous(memory_format=_CHANNELS_LAST)
+    bias = None if bias is None else bias.float()
     shape = (c_int64 * 5)(images, height, width, channels, out_channels)
     y = torch.empty(images, out_channels, height, width, dtype=x.dtype, memory_format=_CHANNELS_LAST)
     scratch = torch.empty(operators().convolve_bytes(shape, threads), dtype=torch.uint8)
     at = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()
     operators().convolve(shape, *at, turned, scratch.data_ptr(), threads)
     return y
+
+
+def _checked(x: Tensor) -> Tensor:
+    """Return activations in channels_last. Raise TypeError for what the operators would take for something else."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.ndim != 4 or x.shape[1] % LANES:
+        raise TypeError(
+            f"Activations must be bf16 (N, C, H, W) on the processor, C a multiple of {LANES}. Got {x.dtype} {tuple(x.shape)} "
+            f"on {x.device} instead: use torch's convolution."
+        )
+    return x.contiguous(memory_format=_CHANNELS_LAST)
 
 
 _LIBRARY.impl("convolution", _convolve, "CPU")

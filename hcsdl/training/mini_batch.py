@@ -32,7 +32,7 @@ class Footprint:
 class Need:
     """One rank: the node it is on (a GPU counts as one), its peak with a mini-batch of 1, 2, … fields, and what its node may hold, in GiB.
 
-    Whole trainings of ResNet-18, ResNet-50 and M-CNN, scores and checkpoints included, stayed within 10 % of these peaks (BENCHMARKS.md).
+    Whole trainings of ResNet-18, ResNet-50 and M-CNN, scores and checkpoints included, stayed within 3 % of these peaks (BENCHMARKS.md).
     """
 
     node: str

@@ -67,7 +67,7 @@ def test_errors_are_at_most_about_twice_those_of_torchs_bf16(name: str) -> None:
 
 
 def test_the_same_bits_with_any_threads_and_mini_batch() -> None:
-    for name in ("odd everything", "several chunks of tiles"):
+    for name in ("odd everything", "one pixel", "several chunks of tiles"):
         given, before, found = tensors(*SHAPES[name]), torch.get_num_threads(), []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -111,7 +111,11 @@ def test_a_module_gives_what_torchs_does(bias: bool) -> None:
         grads.append((out, images.grad, *(parameter.grad for parameter in module.parameters())))
     for found, expected in zip(grads[1], grads[0], strict=True):
         assert found.dtype == expected.dtype and far(found, expected.double()) < 0.01
-    plain(torch.zeros(0, 64, 5, 5)), own(torch.zeros(0, 64, 5, 5))
+    own.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        nothing = own(torch.zeros(0, 64, 5, 5))
+    nothing.sum().backward()
+    assert nothing.shape == (0, 48, 5, 5) and not own[0].weight.grad.any()
     own[0].weight.requires_grad_(False)
     again = x.clone(memory_format=LAST).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -127,13 +131,28 @@ def test_only_what_it_is_made_for() -> None:
     assert not any(winograd.knows(one) for one in others)
 
 
-@torch.no_grad()
-def test_inference_runs_it_too() -> None:
+def test_inference_runs_it_too_and_has_gradients_of_images() -> None:
     torch.manual_seed(0)
     model = build_model(ModelConfig(name="resnet18", width=0.5, zero_init_residual=False), 3, 5, (128, 160)).eval()
-    images = torch.randn(2, 3, 128, 160)
+    images = torch.randn(2, 3, 128, 160, requires_grad=True)
     fused, native = (for_inference(model, Kernels(name, "bf16", "asked for")) for name in ("fused", "native"))
     chosen = [part for part in fused.modules() if isinstance(part, convolution.InferenceConv2d)]
     assert len(chosen) == 13 and all(part.weight.dtype == torch.float32 for part in chosen)
     (embedding, _), (expected, _) = fused(images), native(images)
     assert far(embedding, expected.double()) < 0.02
+    found, exact = (torch.autograd.grad(one.sum(), images)[0] for one in (embedding, expected))
+    assert far(found, exact.double()) < 0.1
+
+
+def test_tensors_it_cannot_take_are_refused() -> None:
+    x, weight, bias, gradient = tensors(1, 32, 32, 4, 4)
+    wrong = [(x.float(), weight), (x, weight.double()), (x[:, :16], weight), (x[:, :8], weight[:, :8]), (x, weight[:, :, :1, :1]), (x, weight[:8]),
+             (x, weight, bias[:16])]  # fmt: skip
+    for given in wrong:
+        with pytest.raises(TypeError, match="use torch's convolution"):
+            winograd.convolution(*given)
+    for given in ((x.float(), gradient), (x, gradient[:, :, :3])):
+        with pytest.raises(TypeError, match="must"):
+            winograd.weight_gradient(*given)
+    assert not winograd.weight_gradient(x[:0], gradient[:0]).any()
+    assert torch.equal(winograd.weight_gradient(x.contiguous(), gradient.contiguous()), winograd.weight_gradient(x, gradient))
