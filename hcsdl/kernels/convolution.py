@@ -2,9 +2,10 @@
 
 In: an `nn.Conv2d` under bf16 autocast. Out: its output. Promised: the same numbers up to rounding and the same bits with any number of threads.
 
-3×3 convolutions with stride 1 run by `winograd` in all three products: 1.3 to 2 times oneDNN's speed here, with about twice its rounding error. Of others output
-and input gradient are torch's, bit for bit, and only the weight's gradient is ours, float from end to end (torch rounds it to bf16 on the way): oneDNN reaches 0.8 to 0.95 of the matrix product's rate in forward passes and input gradients here, and
-0.6 to 0.85 in weight gradients (BENCHMARKS.md). With AMX, oneDNN's own are expected to be far ahead of these operators; that is unmeasured.
+3×3 convolutions with stride 1 run by `winograd` in all three products: 1.3 to 2 times oneDNN's speed here, with about twice its rounding error. Of others
+output and input gradient are torch's, bit for bit, and only the weight's gradient is ours, float from end to end (torch rounds it to bf16 on the way): oneDNN
+reaches 0.8 to 0.95 of the matrix product's rate in forward passes and input gradients here, and 0.6 to 0.85 in weight gradients (BENCHMARKS.md). With AMX,
+oneDNN's own are expected to be far ahead of these operators; that is unmeasured.
 """
 
 from __future__ import annotations
