@@ -135,13 +135,16 @@ def test_inference_runs_it_too_and_has_gradients_of_images() -> None:
     torch.manual_seed(0)
     model = build_model(ModelConfig(name="resnet18", width=0.5, zero_init_residual=False), 3, 5, (128, 160)).eval()
     images = torch.randn(2, 3, 128, 160, requires_grad=True)
-    fused, native = (for_inference(model, Kernels(name, "bf16", "asked for")) for name in ("fused", "native"))
+    fused, native, plain = (
+        for_inference(model, Kernels(name, kind, "asked for")) for name, kind in (("fused", "bf16"), ("native", "bf16"), ("native", "fp32"))
+    )
     chosen = [part for part in fused.modules() if isinstance(part, convolution.InferenceConv2d)]
     assert len(chosen) == 13 and all(part.weight.dtype == torch.float32 for part in chosen)
-    (embedding, _), (expected, _) = fused(images), native(images)
-    assert far(embedding, expected.double()) < 0.02
-    found, exact = (torch.autograd.grad(one.sum(), images)[0] for one in (embedding, expected))
-    assert far(found, exact.double()) < 0.1
+    embeddings = [network(images)[0] for network in (fused, native, plain)]
+    gradients = [torch.autograd.grad(one.sum(), images)[0] for one in embeddings]
+    for ours, theirs, exact in (embeddings, gradients):
+        print(f"ours {far(ours, exact.double()):.1e}, torch's {far(theirs, exact.double()):.1e}")
+        assert far(ours, exact.double()) < 2.2 * far(theirs, exact.double())
 
 
 def test_tensors_it_cannot_take_are_refused() -> None:
