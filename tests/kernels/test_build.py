@@ -84,6 +84,13 @@ def test_without_a_folder_to_write_a_temporary_one_serves(tmp_path: Path, cache:
     assert answer(library(source)) == 42
 
 
+def test_without_any_temporary_folder_it_says_so(tmp_path: Path, cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "missing")])  # as where every disk is full
+    monkeypatch.setattr(build.tempfile, "tempdir", None)
+    with pytest.raises(NoLibrary, match="No usable temporary directory"):
+        library(source)
+
+
 def test_two_processes_compile_at_the_same_time_without_harm(tmp_path: Path, source: Path) -> None:
     code = "import sys, pathlib; from hcsdl.kernels.native.build import library; print(library(pathlib.Path(sys.argv[1])).answer())"
     environment = runs.environment() | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -101,6 +108,11 @@ def test_why_there_is_no_library(cache: Path, source: Path, monkeypatch: pytest.
     source.write_text("int missing(void); int answer(void) { return missing(); }\n")
     with pytest.raises(NoLibrary, match="does not load"):
         library(source)
+    with pytest.raises(NoLibrary, match="^sh fails: one two$"):  # one line, whatever a compiler says
+        build._run("sh", "-c", "printf 'one\\n\\rtwo' >&2; exit 1")
+    with monkeypatch.context() as hasty, pytest.raises(NoLibrary, match="^sleep has not ended after 0 s$"):
+        hasty.setattr(build, "COMPILE_S", 0.1)
+        build._run("sleep", "9")
     monkeypatch.setenv("CC", "/bin/false")
     with pytest.raises(NoLibrary, match="/bin/false fails"):
         library(source)
@@ -140,3 +152,10 @@ def test_openmp_is_torchs_own(cache: Path) -> None:
     before = loaded()
     batch_norm.operators()
     assert loaded() == before and before
+
+
+def test_openmp_is_found_in_a_folder_with_spaces() -> None:
+    """As where the environment is in such a folder."""
+    path = "/home/me/my plates/.venv/lib/torch/lib/libgomp.so.1"
+    maps = f"7f00-7f01 r-xp 00001000 fe:00 393 {' ' * 20}{path}\n7f02-7f03 rw-p 00000000 00:00 0 \n7f04-7f05 r--p 00000000 fe:00 7 /lib/libomp_x y/a.so\n"
+    assert build._openmp_runtimes(maps) == {path}

@@ -92,24 +92,26 @@ def library(source: Path, instructions: InstructionSet | None = None) -> ctypes.
             _compile(compiler, options, source, kept)
         return ctypes.CDLL(str(kept))
     except OSError:  # the folder cannot be made, written, or run from
-        with tempfile.TemporaryDirectory(prefix="hcsdl-") as scratch:
-            made = Path(scratch) / name
-            try:
+        try:
+            with tempfile.TemporaryDirectory(prefix="hcsdl-") as scratch:
+                made = Path(scratch) / name
                 _compile(compiler, options, source, made)
                 return ctypes.CDLL(str(made))  # stays loaded when the file has gone
-            except OSError as error:
-                raise NoLibrary(f"what {compiler} makes of {source.name} does not load: {error}") from None
+        except OSError as error:
+            raise NoLibrary(f"what {compiler} makes of {source.name} does not load: {error}") from None
 
 
 def _share_openmp() -> None:
     """Let libraries loaded from now on see the OpenMP runtime that torch uses: two would have their threads wait for each other's cores."""
-    loaded = {
-        line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if re.search(r"/lib(gomp|iomp5|omp)\b[^/]*$", line)
-    }
-    own = str(TORCH)
+    loaded, own = _openmp_runtimes(Path("/proc/self/maps").read_text()), str(TORCH)
     if not loaded:
         raise NoLibrary("torch has loaded no OpenMP runtime")
     ctypes.CDLL(min(loaded, key=lambda path: (not path.startswith(own), path)), mode=ctypes.RTLD_GLOBAL)
+
+
+def _openmp_runtimes(maps: str) -> set[str]:
+    """Return the paths of the OpenMP runtimes that `maps`, of a process's memory, names; their folders may have spaces in their names."""
+    return set(re.findall(r"^(?:\S+ +){5}(/.*/lib(?:gomp|iomp5|omp)\b[^/\n]*)$", maps, re.M))
 
 
 def _is_ours(path: Path) -> bool:
@@ -145,9 +147,11 @@ def _compile(compiler: str, options: tuple[str, ...], source: Path, target: Path
 def _run(*command: str) -> str:
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=COMPILE_S, errors="replace")
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        raise NoLibrary(f"{command[0]} has not ended after {COMPILE_S:.0f} s") from None
+    except OSError as error:
         raise NoLibrary(f"{command[0]} does not run: {error}") from None
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
-        raise NoLibrary(f"{command[0]} fails: {said}")
+        raise NoLibrary(f"{command[0]} fails: {' '.join(said.split())}")
     return done.stdout
