@@ -38,7 +38,7 @@ def batch_norm_relu(x: Tensor, norm: nn.Module, residual: Tensor | None = None, 
     norm : an `nn.BatchNorm2d` with weight and bias; its running statistics move as torch's. What stands in its place after folding is called.
     residual : as `x`, or none; not without `relu`.
     """
-    if not _is_native(x, norm):
+    if not _is_native(x, norm, residual):
         return plain_batch_norm_relu(x, norm, residual, relu)
     return _native(x, norm, residual, _ADD_RELU if residual is not None else _RELU if relu else _PLAIN)[0]
 
@@ -49,7 +49,7 @@ def batch_norm_relu_twice(x: Tensor, norm: nn.Module, residual: Tensor) -> tuple
     The gradients of both are added where the backward pass reads them, in the bits of an addition by autograd, which would read and write memory once more
     (sums too small for a normal number are zero here). Take whole gradients of the output from the two together. Parameters as of `batch_norm_relu`.
     """
-    if not _is_native(x, norm):
+    if not _is_native(x, norm, residual):
         return (plain_batch_norm_relu(x, norm, residual),) * 2
     return _native(x, norm, residual, _ADD_RELU)
 
@@ -62,13 +62,20 @@ def plain_batch_norm_relu(x: Tensor, norm: nn.Module, residual: Tensor | None = 
     return torch.relu(out) if relu else out
 
 
-def _is_native(x: Tensor, norm: nn.Module) -> bool:
-    """Whether the native operator knows the case: torch's own serves evaluation, empty mini-batches and refuses single values."""
+def _is_native(x: Tensor, norm: nn.Module, residual: Tensor | None) -> bool:
+    """Whether the native operator knows the case: torch's own serves evaluation, empty mini-batches and refuses single values.
+
+    What the operator is given as an address must be what it takes it for.
+    """
     return (
         type(norm) is nn.BatchNorm2d
         and norm.training
         and norm.affine
-        and norm.weight.dtype == torch.float32
+        and all(
+            own is None or own.dtype == torch.float32 and own.is_contiguous()
+            for own in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        )
+        and (residual is None or residual.shape == x.shape)
         and x.dtype in _TYPES
         and x.device.type == "cpu"
         and x.ndim == 4

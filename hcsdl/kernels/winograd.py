@@ -78,7 +78,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool = Fal
             f"for activations {tuple(x.shape)} instead: use torch's convolution."
         )
     weight = weight.contiguous(memory_format=_CHANNELS_LAST)
-    bias = None if bias is None else bias.float()
+    bias = None if bias is None else bias.float().contiguous()
     shape = (c_int64 * 5)(images, height, width, channels, out_channels)
     y = torch.empty(images, out_channels, height, width, dtype=x.dtype, memory_format=_CHANNELS_LAST)
     scratch = torch.empty(operators().convolve_bytes(shape, threads), dtype=torch.uint8)

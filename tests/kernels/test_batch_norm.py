@@ -132,6 +132,22 @@ def test_other_memory_formats_are_copied(dtype: torch.dtype) -> None:
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def test_what_the_operator_would_misread_is_torchs() -> None:
+    """Parameters with gaps between them, a residual of one pixel, statistics in fp64: by their addresses alone they are other numbers."""
+    torch.manual_seed(5)
+    x, residual = drawn((2, 24, 6, 5), torch.float32, 0), drawn((1, 24, 1, 1), torch.float32, 1)
+    strange = norm_of(24)
+    strange.weight, strange.bias = (nn.Parameter(torch.randn(48)[::2]) for _ in range(2))
+    for norm, added in ((strange, None), (norm_of(24), residual)):
+        theirs = copy.deepcopy(norm)
+        torch.testing.assert_close(batch_norm_relu(x, norm, added), plain_batch_norm_relu(x, theirs, added))
+        torch.testing.assert_close(norm.running_var, theirs.running_var)
+    double = norm_of(24)
+    double.running_mean, double.running_var = double.running_mean.double(), double.running_var.double()
+    with pytest.raises(RuntimeError):
+        batch_norm_relu(x, double)
+
+
 def test_an_empty_mini_batch_and_a_single_value_do_what_torch_does() -> None:
     ours, theirs = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
     x = torch.zeros(0, 3, 4, 4)

@@ -158,4 +158,5 @@ def test_tensors_it_cannot_take_are_refused() -> None:
         with pytest.raises(TypeError, match="must"):
             winograd.weight_gradient(*given)
     assert not winograd.weight_gradient(x[:0], gradient[:0]).any()
+    assert torch.equal(winograd.convolution(x, weight, bias[:1].expand(32)), winograd.convolution(x, weight, bias[0].repeat(32)))
     assert torch.equal(winograd.weight_gradient(x.contiguous(), gradient.contiguous()), winograd.weight_gradient(x, gradient))
