@@ -60,6 +60,8 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, *, keep: int, best: bo
     The tensors go to the file one by one: no second copy of them is made.
     """
     path = folder / f"step-{checkpoint.step:08d}.pt"
+    for begun in folder.glob(".step-*.tmp"):  # by a writer that was killed
+        begun.unlink(missing_ok=True)
     with written_atomically(path) as file:
         through = _Through(file)
         torch.save({f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint)}, through)

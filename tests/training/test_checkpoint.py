@@ -57,6 +57,12 @@ def test_newest_and_best_are_kept(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000003.pt.elsewhere-77.tmp").write_bytes(b"begun")
+    save_checkpoint(checkpoint(3), tmp_path, keep=1, best=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "step-00000003.pt"]
+
+
 def test_run_folder_gives_last_or_best(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
