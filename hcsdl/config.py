@@ -441,6 +441,8 @@ class BenchStepConfig(BenchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_images(self)
+        if self.variants is not None and not self.variants:
+            raise ConfigError("bench.variants must not be empty. Got []: name some, or null for all.")
 
 
 @dataclass

@@ -20,7 +20,7 @@ from hcsdl.kernels.max_pool import replace_max_pools
 
 
 def for_inference(model: nn.Module, kernels: Kernels) -> Embedder:
-    """Return a copy of `model` that maps images to embedding and logits, as fast as `kernels` allow.
+    """Return a copy of `model` that maps images to embedding and logits, as fast as `kernels` allow; it is to run under `kernels.autocast()`.
 
     With `reference` nothing is folded. In bf16 convolutions take and give bf16 and add up in fp32, as under autocast, but for weights that are rounded
     after the folding; the mean over the feature map and the classifier are fp32. `fused` runs 3×3 convolutions by `winograd`, whose weights stay fp32.

@@ -10,6 +10,8 @@ from PIL import Image
 
 from hcsdl.commands.bench_step_table import format_memory, format_targets, memory_row, summarise, targets
 from hcsdl.commands.bench_step_variants import VARIANTS, chosen
+from hcsdl.commands.compose import compose_command
+from hcsdl.config import ConfigError
 from hcsdl.kernels import ipex_problem
 from tests import runs
 
@@ -62,6 +64,11 @@ def test_ranks_step_together(tmp_path: Path) -> None:
     assert [row["status"] for row in rows] == ["measured"] * 2 and result["world_size"] == 2
     assert rows[0]["images_per_s"] == pytest.approx(4 / result["models"]["resnet18"]["turns"][1]["step_s"][0])
     assert "2 ranks × 1 thread" in done.stdout
+
+
+def test_something_must_be_measured() -> None:
+    with pytest.raises(ConfigError, match="bench.variants must not be empty"):
+        compose_command("bench step", ["bench.variants=[]"])
 
 
 def test_what_is_measured_by_default() -> None:
