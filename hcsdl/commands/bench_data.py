@@ -107,6 +107,7 @@ class Source:
 
         from hcsdl.data.loading import TrainLoader
         from hcsdl.data.sampling import Sampler
+        from hcsdl.kernels import choose_kernels
 
         config, table = self.config, self.index.table
         size, labels = config.bench.mini_batch_size, np.zeros(len(table), np.int64)
@@ -117,7 +118,7 @@ class Source:
         )  # fmt: skip
         loader = TrainLoader(
             self.index, labels, self.preprocessing, sampler, dataclasses.replace(config.data, sampling="all"), seed=config.seed, rank=0, world_size=1,
-            mini_batch_size=min(size, len(table)), first_step=0, last_step=10**9,
+            mini_batch_size=min(size, len(table)), first_step=0, last_step=10**9, dtype=choose_kernels("native").image_dtype,
         )  # fmt: skip
         steps = iter(loader)
         try:

@@ -36,7 +36,7 @@ from hcsdl.machine.topology import read_machine
 from hcsdl.models import build_model
 from hcsdl.models.weights import load_weights
 from hcsdl.plates.index import load_index
-from hcsdl.training.budget import evaluations_left, gib, loader_gib, objections, optimizer_gib, predict_s, prediction
+from hcsdl.training.budget import evaluations_left, gib, images_gib, objections, optimizer_gib, predict_s, prediction
 from hcsdl.training.checkpoint import Checkpoint, load_model_state, save_checkpoint
 from hcsdl.training.journal import Journal, Silence
 from hcsdl.training.loop import Parts, State, train
@@ -218,6 +218,7 @@ class Run:
             first_step=first_step,
             last_step=last_step,
             sender=self.sender,
+            dtype=self.kernels.image_dtype,
         )
         return self.loader
 
@@ -310,12 +311,13 @@ class Run:
         """
         fields = max(self.config.data.prefetch * mini_batch_size, self.share) + self.share - mini_batch_size
         slots = SLOTS[self.config.training.optimizer] * (not self.optimizer.state)  # they come with the first step
-        held = loader_gib(1, (fields, len(self.plan.channels), *self.plan.image_size))
+        held = images_gib((fields, len(self.plan.channels), *self.plan.image_size), self.kernels.image_dtype.itemsize)
         held += optimizer_gib(sum(p.numel() for p in self.bare.parameters()), slots + (mini_batch_size < self.share))
         return held + (SCORES_GIB if self.device.type == "cpu" else 0)
 
     def _throw_away_pass(self, fields: int) -> None:
-        images = torch.zeros(fields, len(self.plan.channels), *self.plan.image_size, device=self.device)
+        shape = fields, len(self.plan.channels), *self.plan.image_size
+        images = torch.zeros(shape, dtype=self.kernels.image_dtype, device=self.device)
         images = images.contiguous(memory_format=torch.channels_last)  # as the loader gives them
         with self.kernels.autocast():
             logits = self.model(images)
@@ -329,7 +331,8 @@ class Run:
         # What is ready for training stays so: no more beside it than keeps the threads at work, so that validation fits where a step does.
         enough = math.ceil(self.config.data.workers / self.mini_batch_size) or 1
         data = dataclasses.replace(self.config.data, prefetch=min(self.config.data.prefetch, enough))
-        loader = EvalLoader(self.index, rows, self.labels, self.preprocessing, data, self.mini_batch_size, self.sender)
+        dtype = self.kernels.image_dtype
+        loader = EvalLoader(self.index, rows, self.labels, self.preprocessing, data, self.mini_batch_size, self.sender, dtype)
         with buffers_swapped(self.bare, self.group.averaged_buffers(self.bare)):
             rows, labels, logits = predict(self.bare, loader, self.kernels, self.group)
         self.bad_fields |= loader.bad_fields
