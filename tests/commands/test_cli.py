@@ -72,7 +72,7 @@ def test_every_field_is_documented(schema: type) -> None:
         (["train", "training.epochs=null"], "training.epochs"),
         (["train", "training.optimizer=adam"], "training.optimizer must be one of sgd, adamw, lars. Got 'adam' instead."),
         (["train", "data.crop_px=[4,64]"], "data.crop_px must be at least 8. Got 4 instead."),
-        (["train", "data.crop_px=64"], "data.crop_px"),
+        (["train", "data.crop_px=64"], "data.crop_px must be a list, written [a,b]. Got one int instead."),
         (["train", "model=resnet99"], "model must be one of mcnn, resnet18, resnet34, resnet50. Got 'resnet99' instead."),
         (["train", "experiment=none"], "experiment must be one of"),
         (["train", "training=null"], "must be a string"),
