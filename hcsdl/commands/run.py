@@ -151,8 +151,10 @@ class Run:
             self._say(f"warning: {kernels.warning}")
         replaced_by_ours = replaced(self.bare)
         counts = "".join(f"; {count} {kind}" for kind, count in replaced_by_ours.items())
+        activations = config.model.checkpoint_activations
+        kept = "" if activations == "none" else f" checkpoint_activations={activations};"
         self._say(
-            f"kernels {kernels.name}, {kernels.precision} ({kernels.reason}{counts}); allocator: {self.allocator}; {device_name(self.device)}"
+            f"kernels {kernels.name}, {kernels.precision} ({kernels.reason}{counts});{kept} allocator: {self.allocator}; {device_name(self.device)}"
         )
         if self.group.world_size > 1:
             self._say(f"{self.group.world_size} ranks over {self.group.backend} ({self.group.backend_reason})")
@@ -279,7 +281,8 @@ class Run:
 
         fields, peak_gib = settle(asked, self.share, training.memory_share, peak_after, gather, self._whose)
         if auto:
-            why = "as the run began with" if asked else f"predicted to fill {gib(peak_gib)} of {gib(limit_gib)} GiB of a {self._whose}"
+            filled = f"predicted to fill {gib(peak_gib)} of {gib(limit_gib)} GiB of a {self._whose}, of which it may fill {training.memory_share:.0%}"
+            why = "as the run began with" if asked else filled
             self.journal.say(f"mini-batches of {fields} field{'s' * (fields > 1)} a rank, {self.share // fields} a step: {why}")
         return fields
 
