@@ -141,7 +141,7 @@ def format_profile(model: str, profile: dict, threads: int, operators: int) -> s
         )
     ways = list(dict.fromkeys(way for row in profile["convolutions"] for way in row["seconds"]))
     lines += [
-        f"  convolutions: GFLOP/s by {', '.join(ways)}; * the best; the matrix product's is {matrix / 1e9:.0f}",
+        f"  convolutions: GFLOP/s by {', '.join(ways)}; * the best, – not to be had this way; the matrix product's is {matrix / 1e9:.0f}; n×: how many the network has",
         f"  {'':<32s}{'':>3s}"
         + "".join(f"  {kind.replace('_', ' '):<{8 * len(ways)}s}" for kind in ("forward", "input_gradient", "weight_gradient")),
     ]
@@ -150,8 +150,9 @@ def format_profile(model: str, profile: dict, threads: int, operators: int) -> s
         lines.append(f"  {row['convolution']:<32s}{row['count']:>2d}×{cells}")
     lines += [
         f"  ceiling {ceiling['images_per_s']:.3f} images/s: convolutions {ceiling['convolutions_s']:.3f} s, fully connected {ceiling['linear_s']:.3f} s, "
-        f"{profile['step_bytes'] / 1e9:.2f} GB ({profile['moved_bytes'] / 1e9:.2f} an image) {ceiling['bytes_s']:.3f} s; reached {ceiling['reached']:.2f}",
-        f"  all that is no convolution or matrix product: {profile['others_s']:.3f} s, {profile['others_to_bytes']:.2f} × its bytes ÷ copy rate",
+        f"{profile['step_bytes'] / 1e9:.2f} GB ({profile['moved_bytes'] / 1e9:.2f} an image, the rest the optimizer's) {ceiling['bytes_s']:.3f} s; "
+        f"this step reaches {ceiling['reached']:.2f} of it",
+        f"  all that is no convolution or matrix product: {profile['others_s']:.3f} s, {profile['others_to_bytes']:.2f} × what its bytes take at the copy rate",
     ]
     return "\n".join(lines)
 

@@ -93,10 +93,9 @@ def convolution_seconds(one: Convolution, mini_batch_size: int, kernels: Kernels
 
 
 def _ways(one: Convolution, mini_batch_size: int, kernels: Kernels) -> Ways:
-    dtype = torch.bfloat16 if kernels.precision == "bf16" else torch.float32
-    images = _random(mini_batch_size, one.in_channels, *one.in_size, dtype=dtype)
-    gradient = _random(mini_batch_size, one.out_channels, *one.out_size, dtype=dtype)
-    weight = _random(one.out_channels, one.in_channels, *one.kernel, dtype=dtype)
+    images = _random(mini_batch_size, one.in_channels, *one.in_size, dtype=kernels.dtype)
+    gradient = _random(mini_batch_size, one.out_channels, *one.out_size, dtype=kernels.dtype)
+    weight = _random(one.out_channels, one.in_channels, *one.kernel, dtype=kernels.dtype)
     geometry = (one.stride, one.padding, (1, 1), False, (0, 0), 1)
 
     def backward(mask: list[bool]) -> object:

@@ -23,6 +23,7 @@ from hcsdl.distributed.identity import Identity, export_identity, launcher_proce
 from hcsdl.distributed.launcher import STOP_SIGNALS, Forwarder, Stop, start_ranks, watch_ranks
 from hcsdl.machine.binding import affinity_kept, own_place, take_place
 from hcsdl.machine.cores import processor, usable_cores
+from hcsdl.machine.facts import load_average
 from hcsdl.machine.memory import keep_freed_memory
 from hcsdl.machine.placement import default_ranks, plan_places
 from hcsdl.machine.process import die_with_parent, forgive_standard_streams
@@ -83,7 +84,7 @@ def _check_ranks(command: str, ranks: int, least: int) -> None:
 
 
 def open_folder(command: str, config: object, output: str | None) -> Path:
-    """Return the folder for the results, new, with `config.yaml` in it. Raises ConfigError where it holds a result or cannot be written."""
+    """Return the folder for the results, new, with `config.yaml` in it, and say it if others are at work here. Raises ConfigError where it holds a result or cannot be written."""
     path = Path(output) if output else Path("bench") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{command.rpartition(' ')[2]}"
     if (path / RESULT).exists():
         raise ConfigError(f"bench.output must not hold a result. {path / RESULT} exists; name another folder.")
@@ -92,6 +93,10 @@ def open_folder(command: str, config: object, output: str | None) -> Path:
         write_atomically(path / "config.yaml", to_yaml(config).encode())
     except OSError as error:
         raise ConfigError(f"bench.output must be a writable folder. {error.strerror}: {error.filename}; name another.") from error
+    if (average := load_average()) > usable_cores() / 4:
+        log.warning(
+            "note: %.1f processes ran in the last minute: others at work here make what is measured slower, and ratios unsure", average
+        )
     return path
 
 

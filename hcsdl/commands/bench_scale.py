@@ -279,6 +279,13 @@ def format_predictions(rows: list[dict], bench: BenchScaleConfig, here: Here, pu
         )
     if published:
         lines.append(f"published, 8 nodes, 32 ranks: {published['images_per_s']:.0f} images/s, {published['time_to_train_s'] / 60:.0f} min")
+    speed, share = (" to ".join(f"{value:g}" for value in values) for values in (bench.core_speed, bench.network_efficiency))
+    reached = f"; {share} of the link is reached" if bench.bandwidth_gbit_s is not None else ""
+    rows_px, columns_px = bench.image_px
+    lines += [
+        f"assumed, low to high: a core is {speed} × as fast as one here{reached}; all from steps measured here on fields of {rows_px} × {columns_px}",
+        "exposed: communication that a step waits for; efficiency: share of a step that is none of it",
+    ]
     return "\n".join(lines)
 
 

@@ -49,7 +49,7 @@ class Workload:
         bare, self.optimizer = kernels.prepare(model, build_optimizer(model, TrainingConfig(learning_rate=1e-4)))
         self.data = {
             fields: (
-                torch.randn(fields, CHANNELS, rows, columns).contiguous(memory_format=torch.channels_last),
+                torch.randn(fields, CHANNELS, rows, columns).to(kernels.image_dtype).contiguous(memory_format=torch.channels_last),
                 torch.arange(fields) % CLASSES,
             )
             for fields in config.bench.mini_batches

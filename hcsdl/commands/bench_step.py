@@ -19,7 +19,7 @@ from typing import Any
 
 from hcsdl.commands.bench_profile import WORKER, judged, profile_in_process
 from hcsdl.commands.bench_ranks import RESULT, head, open_folder
-from hcsdl.commands.bench_step_table import PRODUCT, format_memory, format_model, format_targets, memory_row, summarise, targets
+from hcsdl.commands.bench_step_table import PRODUCT, format_memory, format_model, format_targets, legend, memory_row, summarise, targets
 from hcsdl.commands.bench_step_variants import VARIANTS, Variant, chosen, environments, missing
 from hcsdl.config import BenchStepCommand, ConfigError, ExitCode
 from hcsdl.distributed.identity import who_am_i
@@ -61,6 +61,7 @@ def run(config: BenchStepCommand) -> int:
             flush=True,
         )
         save(folder, config, places, found)
+    print(legend(config.machine.device))
     if config.bench.targets:
         print(format_targets(targets(found, len(places) * places[0].threads)))
     print(f"saved in {folder}", flush=True)

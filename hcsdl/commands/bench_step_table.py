@@ -107,22 +107,22 @@ def memory_row(images: Sequence[int], peaks_gib: Sequence[float], device: str = 
 def format_model(model: str, found: dict, ranks: int, threads: int, processor: str) -> str:
     """Return the table of one network."""
     matrix = found["matrix_product"]
+    titles = {row["variant"]: _title(row) for row in found["rows"]}
+    wide = max(48, *(len(title) + 1 for title in titles.values()))
     lines = [
         f"{model} on {processor}, {ranks} rank{'s' * (ranks > 1)} × {threads} thread{'s' * (threads > 1)}: {found['training_flop'] / 1e9:.1f} GFLOP an "
         f"image; {matrix['precision']} matrix product {matrix['median']:.0f} GFLOP/s ({matrix['q1']:.0f} – {matrix['q3']:.0f})",
-        f"    {'variant':<48s}{'images/s':>9s}  {'(quartiles)':<18s}{'steps':>6s}{'GFLOP/s':>9s}{'mfu':>7s}{'÷ c':>7s}{'÷ b':>7s}"
+        f"    {'variant':<{wide}s}{'images/s':>9s}  {'(quartiles)':<18s}{'steps':>6s}{'GFLOP/s':>9s}{'mfu':>7s}{'÷ c':>7s}{'÷ b':>7s}"
         f"{'GPU, GiB' if found['device'] == 'cuda' else 'RSS, GiB':>10s}{'start, s':>10s}",
     ]
     for row in found["rows"]:
         if row["status"] != "measured":
             what = "not installed or not there" if row["status"] == "missing" else "failed"
-            lines.append(f"  {row['letter']} {row['title']:<48s}{what}: {row['reason']}")
+            lines.append(f"  {row['letter']} {row['title']:<{wide}s}{what}: {row['reason']}")
             continue
-        told = row["told"].get("kernels", "")
-        title = row["title"] + (f" ({told})" if told and told not in row["title"] else "")
         spread = f"({row['q1_images_per_s']:.3f} – {row['q3_images_per_s']:.3f})"
         lines.append(
-            f"  {row['letter']} {title:<48s}{row['images_per_s']:9.3f}  {spread:<18s}{row['steps']:6d}{row['gflop_per_s']:9.0f}{row['mfu']:7.3f}"
+            f"  {row['letter']} {titles[row['variant']]:<{wide}s}{row['images_per_s']:9.3f}  {spread:<18s}{row['steps']:6d}{row['gflop_per_s']:9.0f}{row['mfu']:7.3f}"
             f"{_two(row['to_ipex_recipe'])}{_two(row['to_bf16'])}{row['peak_device_gib'] or row['peak_rss_gib']:10.2f}{row['start_s']:10.1f}"
         )
     if found["profile"]:
@@ -131,6 +131,20 @@ def format_model(model: str, found: dict, ranks: int, threads: int, processor: s
             f"    ceiling {ranks * ceiling['images_per_s']:.3f} images/s: best measured convolutions + bytes that must move ÷ copy rate"
         )
     return "\n".join(lines)
+
+
+def _title(row: dict) -> str:
+    told = row.get("told", {}).get("kernels", "")
+    return row["title"] + (f" ({told})" if told and told not in row["title"] else "")
+
+
+def legend(device: str) -> str:
+    """Return what the columns of `format_model`'s tables mean."""
+    memory = "GPU: the most memory of a GPU" if device == "cuda" else "RSS: the most memory of a rank"
+    return (
+        "images/s: median of all steps timed, `steps` of them; mfu: GFLOP/s ÷ the matrix product's; ÷ c, ÷ b: images/s against rows c and b;\n"
+        f"{memory}; start: to the end of the first step. `hcsdl train` runs as row g with nothing set"
+    )
 
 
 def _two(ratio: float | None) -> str:
@@ -146,8 +160,8 @@ def format_memory(memory: dict[str, dict]) -> str:
             continue
         fits = ", ".join(f"{'?' if number is None else number} in {gib} GiB" for gib, number in row["largest_mini_batch"].items())
         lines.append(
-            f"  {VARIANTS[name].letter} {VARIANTS[name].title}: {row['gib_per_image']:.3f} GiB an image beyond {row['base_gib']:.2f}; "
-            f"largest mini-batch of one rank in {MEMORY_SHARE:.0%} of the memory: {fits}"
+            f"  {VARIANTS[name].letter} {VARIANTS[name].title}: memory {row['base_gib']:.2f} GiB + {row['gib_per_image']:.3f} an image; "
+            f"largest mini-batch of one rank in {MEMORY_SHARE:.0%} of a machine's memory: {fits}"
         )
     return "\n".join(lines)
 
@@ -223,9 +237,10 @@ def targets(found: dict[str, dict], cores: int) -> list[dict[str, Any]]:
 
 def format_targets(rows: Sequence[dict]) -> str:
     """Return the table of targets."""
-    lines = [f"{'target':<76s}{'wanted':>9s}{'measured':>10s}"]
+    wide = max(76, *(len(row["what"]) + 1 for row in rows))
+    lines = [f"{'target':<{wide}s}{'wanted':>9s}{'measured':>10s}"]
     for row in rows:
         said = "; ".join(word for word in ({True: "met", False: "NOT MET", None: ""}[row["met"]], row["reason"]) if word)
         value = "–" if row["measured"] is None else f"{row['measured']:.2f}"
-        lines.append(f"{row['what']:<76s}{'≥' if row['least'] else '≤'}{row['target']:8.2f}{value:>10s}  {said}")
+        lines.append(f"{row['what']:<{wide}s}{'≥' if row['least'] else '≤'}{row['target']:8.2f}{value:>10s}  {said}")
     return "\n".join(lines)

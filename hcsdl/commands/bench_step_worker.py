@@ -93,6 +93,7 @@ class Step:
                 raise Missing(problem)
             kernels = choose_kernels(self.variant.kernels, self.device)
             self.autocast = kernels.autocast
+            self.images = self.images.to(kernels.image_dtype)  # as our loader gives them
             self.told = {"kernels": kernels.name, "precision": kernels.precision, "reason": kernels.reason}
             return kernels.prepare(model, optimizer)
         if self.variant.base == "fp32":
@@ -149,10 +150,9 @@ class Product:
         from hcsdl.kernels.device import device_name, wait_for
 
         self.device, self.wait_for = device_of(task, ours=True), wait_for
-        precision, size = choose_kernels("native", self.device).precision, MATRIX_SIZE[self.device.type]
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.left, self.right = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
-        self.told: dict[str, object] = {"precision": precision, "flop": 2 * size**3, "device_name": device_name(self.device)}
+        kernels, size = choose_kernels("native", self.device), MATRIX_SIZE[self.device.type]
+        self.left, self.right = (torch.randn(size, size, device=self.device).to(kernels.dtype) for _ in range(2))
+        self.told: dict[str, object] = {"precision": kernels.precision, "flop": 2 * size**3, "device_name": device_name(self.device)}
 
     def __call__(self) -> float:
         """Multiply once; return the seconds."""

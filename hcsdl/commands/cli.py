@@ -48,6 +48,11 @@ def _run(words: list[str]) -> int:
         return ExitCode.DONE
     if rest and f"{command} {rest[0]}" in COMMANDS:
         command, rest = f"{command} {rest[0]}", rest[1:]
+    if command == "bench":
+        if rest in ([], ["--help"], ["-h"]):
+            print(overview("bench "))
+            return ExitCode.DONE
+        command = f"bench {rest[0]}"
     if command not in COMMANDS:
         raise ConfigError(f"the command must be one of {', '.join(COMMANDS)}. Got {command!r} instead.")
     flags, overrides = _split(rest)

@@ -150,5 +150,7 @@ def one_line(error: Exception, command: str) -> str:
     )
     if unlike and key:
         return f"{key} must be {KINDS[unlike[2] or unlike[3]]}. Got {unlike[1]!r} instead."
+    if key and (single := re.search(r"(\w+) is not a ListConfig", str(cause or error))):
+        return f"{key} must be a list, written [a,b]. Got one {single[1]} instead."
     detail = " ".join(str(cause).split("\n")[0].split()) if cause is not None else str(error).split("\n")[0]
     return f"{key}: {detail}" if key and key not in detail else detail or text

@@ -62,7 +62,8 @@ def embed_fields(config: EmbedCommand, folder: WorkFolder, identity: Identity, s
     rows = np.concatenate([np.empty(0, dtype=np.int64), *own])
     settings = DataConfig(**vars(config.data))
     sender = Sender(device) if device.type == "cuda" else None
-    loader = EvalLoader(index, rows, np.zeros(len(index.table)), load_preprocessing(folder.preprocessing), settings, size, sender)
+    preprocessing = load_preprocessing(folder.preprocessing)
+    loader = EvalLoader(index, rows, np.zeros(len(index.table)), preprocessing, settings, size, sender, kernels.image_dtype)
     say = log.info if group.rank == 0 else (lambda *_: None)
     if kernels.warning:
         say("warning: %s", kernels.warning)

@@ -1,4 +1,4 @@
-"""`--help`: every command, and every field of a command, from the dataclasses' own documentation."""
+"""`--help`: every command, and every field of a command, from the dataclasses' own documentation, with the values it has when nothing is given."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import dataclasses
 import textwrap
 import typing
 
+from hcsdl.commands.compose import compose_command, value_of
 from hcsdl.config import COMMANDS
 
 USAGE = "hcsdl <command> [key=value …] [-m] [--help] [--cfg job]"
 
 
-def overview() -> str:
-    """Return the text of `hcsdl --help`: the commands, a line each."""
+def overview(beginning: str = "") -> str:
+    """Return the text of `hcsdl --help`: the commands that begin with `beginning`, a line each."""
     lines = [f"usage: {USAGE}", "", "commands:"]
-    lines += [f"  {name:14s} {(schema.__doc__ or '').splitlines()[0]}" for name, schema in COMMANDS.items()]
+    lines += [f"  {name:14s} {(schema.__doc__ or '').splitlines()[0]}" for name, schema in COMMANDS.items() if name.startswith(beginning)]
     lines += [
         "",
         "`hcsdl <command> --help` lists its settings; `--cfg job` prints the resolved configuration; `-m` sweeps comma-separated values.",
@@ -24,7 +25,7 @@ def overview() -> str:
 
 def command_help(name: str) -> str:
     """Return the text of `hcsdl <name> --help`: every field with type, default, unit and its line."""
-    schema = COMMANDS[name]
+    schema, usual = COMMANDS[name], compose_command(name, [])
     usage = USAGE.replace("<command>", name)
     lines = [f"usage: {usage if name == 'train' else usage.replace(' [-m]', '')}", "", (schema.__doc__ or "").splitlines()[0], ""]
     lines += [_options(name)] if _options(name) else []
@@ -34,7 +35,8 @@ def command_help(name: str) -> str:
         hints = typing.get_type_hints(owner)
         for item in dataclasses.fields(owner):
             if item.metadata.get("doc"):
-                lines += _field(f"{title}.{item.name}" if title else item.name, item, hints[item.name])
+                key = f"{title}.{item.name}" if title else item.name
+                lines += _field(key, item, hints[item.name], value_of(usual, key))
     return "\n".join(lines)
 
 
@@ -59,13 +61,21 @@ def _groups(schema: type) -> list[tuple[str, type]]:
     return [(f.name, f.default_factory) for f in dataclasses.fields(schema) if dataclasses.is_dataclass(f.default_factory)]  # type: ignore[misc]
 
 
-def _field(key: str, item: dataclasses.Field, hint: object) -> list[str]:
+def _field(key: str, item: dataclasses.Field, hint: object, value: object) -> list[str]:
     unit = f" {item.metadata['unit']}" if item.metadata["unit"] else ""
-    value = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
-    default = "null" if value is None else f"[{','.join(map(str, value))}]" if isinstance(value, list) else value
     choices = f" ({'|'.join(map(str, item.metadata['choices']))})" if item.metadata["choices"] else ""
-    head = f"  {key}: {_type(hint)} = {default}{unit}"
-    return [head, *textwrap.wrap(item.metadata["doc"] + choices, 110, initial_indent="      ", subsequent_indent="      ")]
+    head = f"  {key}: {_type(hint)} = {_value(value)}{unit}"
+    said = textwrap.wrap(item.metadata["doc"] + choices, 110, initial_indent="      ", subsequent_indent="      ", break_long_words=False)
+    return [head, *said]
+
+
+def _value(value: object) -> str:
+    """Return a value as it is given on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(_value, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _type(hint: object) -> str:

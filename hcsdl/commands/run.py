@@ -36,7 +36,7 @@ from hcsdl.machine.topology import read_machine
 from hcsdl.models import build_model
 from hcsdl.models.weights import load_weights
 from hcsdl.plates.index import load_index
-from hcsdl.training.budget import evaluations_left, gib, loader_gib, objections, optimizer_gib, predict_s, prediction
+from hcsdl.training.budget import evaluations_left, gib, images_gib, objections, optimizer_gib, predict_s, prediction
 from hcsdl.training.checkpoint import Checkpoint, load_model_state, save_checkpoint
 from hcsdl.training.journal import Journal, Silence
 from hcsdl.training.loop import Parts, State, train
@@ -151,8 +151,10 @@ class Run:
             self._say(f"warning: {kernels.warning}")
         replaced_by_ours = replaced(self.bare)
         counts = "".join(f"; {count} {kind}" for kind, count in replaced_by_ours.items())
+        activations = config.model.checkpoint_activations
+        kept = "" if activations == "none" else f" checkpoint_activations={activations};"
         self._say(
-            f"kernels {kernels.name}, {kernels.precision} ({kernels.reason}{counts}); allocator: {self.allocator}; {device_name(self.device)}"
+            f"kernels {kernels.name}, {kernels.precision} ({kernels.reason}{counts});{kept} allocator: {self.allocator}; {device_name(self.device)}"
         )
         if self.group.world_size > 1:
             self._say(f"{self.group.world_size} ranks over {self.group.backend} ({self.group.backend_reason})")
@@ -218,6 +220,7 @@ class Run:
             first_step=first_step,
             last_step=last_step,
             sender=self.sender,
+            dtype=self.kernels.image_dtype,
         )
         return self.loader
 
@@ -278,7 +281,8 @@ class Run:
 
         fields, peak_gib = settle(asked, self.share, training.memory_share, peak_after, gather, self._whose)
         if auto:
-            why = "as the run began with" if asked else f"predicted to fill {gib(peak_gib)} of {gib(limit_gib)} GiB of a {self._whose}"
+            filled = f"predicted to fill {gib(peak_gib)} of {gib(limit_gib)} GiB of a {self._whose}, of which it may fill {training.memory_share:.0%}"
+            why = "as the run began with" if asked else filled
             self.journal.say(f"mini-batches of {fields} field{'s' * (fields > 1)} a rank, {self.share // fields} a step: {why}")
         return fields
 
@@ -310,12 +314,13 @@ class Run:
         """
         fields = max(self.config.data.prefetch * mini_batch_size, self.share) + self.share - mini_batch_size
         slots = SLOTS[self.config.training.optimizer] * (not self.optimizer.state)  # they come with the first step
-        held = loader_gib(1, (fields, len(self.plan.channels), *self.plan.image_size))
+        held = images_gib((fields, len(self.plan.channels), *self.plan.image_size), self.kernels.image_dtype.itemsize)
         held += optimizer_gib(sum(p.numel() for p in self.bare.parameters()), slots + (mini_batch_size < self.share))
         return held + (SCORES_GIB if self.device.type == "cpu" else 0)
 
     def _throw_away_pass(self, fields: int) -> None:
-        images = torch.zeros(fields, len(self.plan.channels), *self.plan.image_size, device=self.device)
+        shape = fields, len(self.plan.channels), *self.plan.image_size
+        images = torch.zeros(shape, dtype=self.kernels.image_dtype, device=self.device)
         images = images.contiguous(memory_format=torch.channels_last)  # as the loader gives them
         with self.kernels.autocast():
             logits = self.model(images)
@@ -329,7 +334,8 @@ class Run:
         # What is ready for training stays so: no more beside it than keeps the threads at work, so that validation fits where a step does.
         enough = math.ceil(self.config.data.workers / self.mini_batch_size) or 1
         data = dataclasses.replace(self.config.data, prefetch=min(self.config.data.prefetch, enough))
-        loader = EvalLoader(self.index, rows, self.labels, self.preprocessing, data, self.mini_batch_size, self.sender)
+        dtype = self.kernels.image_dtype
+        loader = EvalLoader(self.index, rows, self.labels, self.preprocessing, data, self.mini_batch_size, self.sender, dtype)
         with buffers_swapped(self.bare, self.group.averaged_buffers(self.bare)):
             rows, labels, logits = predict(self.bare, loader, self.kernels, self.group)
         self.bad_fields |= loader.bad_fields

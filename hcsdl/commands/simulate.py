@@ -25,6 +25,6 @@ def run(config: SimulateCommand) -> int:
     counts = simulate(config.simulate, Path(config.plates.root), config.seed, control=config.plates.control)
     drawn = counts.pop("drawn")
     for name, count in counts.items():
-        print(f"{name:12s}{count:8d}")
+        print(f"{'MoA classes' if name == 'moas' else name:12s}{count:8d}")  # the control is one of them
     print(f"plates {'drawn into' if drawn else 'as asked for were already in, nothing drawn:'} {Path(config.plates.root).resolve()}")
     return 0

@@ -1,8 +1,8 @@
-"""Stored pixels → scaled float32 pixels: the inner loop of `Preprocessing.apply`.
+"""Stored pixels → scaled pixels: the inner loop of `Preprocessing.apply`.
 
 In: a strided view (C, H, W) of unsigned integers, a coarse shading grid, a gain and a shift for each channel. Out: float32 in a
-given array. Promised: rows are converted in blocks that stay in a core's cache, so main memory is read once and written once;
-numpy only, no threads. (`sending` does the same on a GPU.)
+given array, or those rounded to bf16. Promised: rows are converted in blocks that stay in a core's cache, so main memory is read once
+and written once; no threads. (`sending` does the same on a GPU.)
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from hcsdl.data.illumination import interpolation, slopes, upsample_columns
 
 BLOCK_PX = 32768
-"""Pixels converted at once: 128 KiB of float32, which stays in a core's second-level cache."""
+"""Pixels converted at once: 128 KiB of float32, which stays in a core's second-level cache. torch starts threads of its own for more."""
 
 
 class ShadingView:
@@ -81,13 +82,14 @@ class Conversion:
 
 
 def convert(view: np.ndarray, downsample: int, shading: ShadingView | None, gain: np.ndarray, shift: np.ndarray, out: np.ndarray) -> None:
-    """Write ``(view - dark) / shading * gain + shift`` into `out` (C, H', W') float32, a block of rows at a time.
+    """Write ``(view - dark) / shading * gain + shift`` into `out` (C, H', W'), float32, a block of rows at a time.
 
     Parameters
     ----------
     view : unsigned integers (C, H' downsample, W' downsample), any strides.
     downsample : this many pixels a side are averaged into one.
     gain, shift : float32 (C,).
+    out : or the bits of bf16, as uint16, which numpy has no type for.
     """
     _, height, width = out.shape
     starts = list(range(0, height, max(1, BLOCK_PX // width))) if shading is None else shading.starts
@@ -104,7 +106,17 @@ def convert(view: np.ndarray, downsample: int, shading: ShadingView | None, gain
                 shading.correct(block, channel, here)
             block *= gain[channel]
             block += shift[channel]
-            out[channel, here] = block
+            _store(block, out[channel, here])
+
+
+def _store(block: np.ndarray, out: np.ndarray) -> None:
+    if out.dtype == np.float32:
+        out[...] = block
+        return
+    rows = max(1, BLOCK_PX // block.shape[1] - 1)
+    for first in range(0, len(block), rows):
+        part = torch.from_numpy(block[first : first + rows]).to(torch.bfloat16)
+        out[first : first + rows] = part.view(torch.int16).numpy().view(np.uint16)
 
 
 def _average(source: np.ndarray, downsample: int, block: np.ndarray) -> None:

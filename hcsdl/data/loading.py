@@ -40,7 +40,7 @@ class MiniBatch:
 
     Attributes
     ----------
-    images : float32 (N, C, H, W), channels_last in memory.
+    images : float32 or bf16 (N, C, H, W), channels_last in memory.
     labels : int64 (N,).
     rows : int64 (N,), rows of the index table that are in here; always in this process's own memory.
     """
@@ -54,10 +54,16 @@ class _Loader:
     """What both loaders share: filling mini-batches field by field, ahead of their use."""
 
     def __init__(
-        self, index: Index, labels: np.ndarray, preprocessing: Preprocessing, config: DataConfig, sender: Sender | None = None
+        self,
+        index: Index,
+        labels: np.ndarray,
+        preprocessing: Preprocessing,
+        config: DataConfig,
+        sender: Sender | None,
+        dtype: torch.dtype,
     ) -> None:
         self.index, self.labels, self.preprocessing, self.config = index, np.asarray(labels, dtype=np.int64), preprocessing, config
-        self.sender = sender
+        self.sender, self.dtype = sender, dtype
         self.wait_s = 0.0
         self.bad_fields: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -105,8 +111,9 @@ class _Loader:
         if self.sender:
             places = images = self.sender.empty((len(rows), *shape))
         else:
-            images = torch.empty((len(rows), *shape), memory_format=torch.channels_last)
-            places = images.permute(0, 2, 3, 1).numpy().transpose(0, 3, 1, 2)
+            images = torch.empty((len(rows), *shape), dtype=self.dtype, memory_format=torch.channels_last)
+            bits = images if self.dtype == torch.float32 else images.view(torch.uint16)  # numpy has no bf16
+            places = bits.permute(0, 2, 3, 1).numpy().transpose(0, 3, 1, 2)
         loaded = np.full(len(rows), _NOTHING, np.int64)
         tasks = [partial(self._fill, places[at], loaded, at, int(rows[at]), int(epochs[at])) for at in range(len(rows))]
         return images, loaded, [pool.submit(task).result for task in tasks] if pool else tasks
@@ -218,6 +225,8 @@ class TrainLoader(_Loader):
         Steps ``first_step … last_step - 1`` are yielded; a resumed run starts where it stopped.
     sender
         Where the mini-batches are to be, as stored pixels are sent there and scaled; None: here.
+    dtype
+        Of the images, float32 or bf16; what a sender makes is float32.
 
     Attributes
     ----------
@@ -247,8 +256,9 @@ class TrainLoader(_Loader):
         first_step: int,
         last_step: int,
         sender: Sender | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(index, labels, preprocessing, config, sender)
+        super().__init__(index, labels, preprocessing, config, sender, dtype)
         share = len(sampler.rank_share(first_step, rank, world_size)[0])
         if share % mini_batch_size:
             raise ConfigError(
@@ -305,8 +315,9 @@ class EvalLoader(_Loader):
         config: DataConfig,
         mini_batch_size: int,
         sender: Sender | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(index, labels, preprocessing, config, sender)
+        super().__init__(index, labels, preprocessing, config, sender, dtype)
         self.rows, self.mini_batch_size = np.asarray(rows, dtype=np.int64), mini_batch_size
 
     def __len__(self) -> int:

@@ -91,7 +91,7 @@ class Preprocessing:
         plate
             Its plate; one that was never fitted takes the pooled values.
         out
-            float32 (C, H', W') with any strides, to write into.
+            float32 (C, H', W') with any strides, to write into; or uint16, for the bits of the values rounded to bf16.
 
         Raises
         ------

@@ -37,6 +37,16 @@ class Kernels:
     warning: str = field(default="", compare=False)
     device: torch.device = field(default=CPU, compare=False)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type convolutions take and give."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def image_dtype(self) -> torch.dtype:
+        """The type the loader makes images in: `dtype`, to which the network rounds them first of all; on a GPU float32, which scales them itself."""
+        return self.dtype if self.device.type == "cpu" else torch.float32
+
     def autocast(self) -> AbstractContextManager:
         """Return the context under which forward passes run: bf16 autocast, or nothing in fp32."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.precision == "bf16" else nullcontext()

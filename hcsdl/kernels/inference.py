@@ -31,14 +31,13 @@ def for_inference(model: nn.Module, kernels: Kernels) -> Embedder:
     if kernels.name == "fused":
         replace_max_pools(model)  # there are no batch norms to fuse, and torch adds and cuts off in place
     folded = fold_batch_norm(model)
-    dtype = torch.bfloat16 if kernels.precision == "bf16" else torch.float32
     model.to(memory_format=torch.channels_last)
-    float_parts = [model.fc, *(replace_for_inference(model) if kernels.name == "fused" and dtype == torch.bfloat16 else [])]
+    float_parts = [model.fc, *(replace_for_inference(model) if kernels.name == "fused" and kernels.dtype == torch.bfloat16 else [])]
     floats = [(parameter, parameter.data) for part in float_parts for parameter in part.parameters()]
-    model.to(dtype)
+    model.to(kernels.dtype)
     for parameter, value in floats:
         parameter.data = value
-    return Embedder(model, dtype, folded)
+    return Embedder(model, kernels.dtype, folded)
 
 
 class Embedder(nn.Module):

@@ -18,9 +18,9 @@ from hcsdl.config import ConfigError, DataError
 
 CONVOLUTIONS = ("aten::convolution", "hcsdl::convolution")
 """torch's operator and our own (`hcsdl.kernels.winograd`); both take the weight second."""
-CHEAP = 256
-"""Products a value below which a convolution is computed again. Of ResNet-50 of width 1 these are the stem's, which hold 0.04 GiB an image, and the 1×1
-convolutions of the first stage's 64 channels and the second's 128: half of what 1×1 convolutions to more channels would keep, for a third of their time."""
+CHEAP = 128
+"""Products a value up to which a convolution is computed again. Of ResNet-50 of width 1 these are the 1×1 convolutions of the first stage's 64 channels
+and the second's 128: half of what 1×1 convolutions to more channels would keep, for a third of their time."""
 _recall: ContextVar[Callable[[Callable[[], Tensor]], Tensor] | None] = ContextVar("_recall", default=None)
 
 
@@ -54,7 +54,7 @@ def check_images(images: Tensor, in_channels: int, minimum_size: tuple[int, int]
 def recomputed(function: Callable, *inputs: Tensor, buffers_of: nn.Module, selective: bool) -> Any:
     """Return `function(*inputs)` without keeping its inner activations: the backward pass computes them again.
 
-    `selective` keeps the outputs of convolutions, but of those that cost less than `CHEAP` products a value: little beside what they would keep.
+    `selective` keeps the outputs of convolutions, but of those that cost no more than `CHEAP` products a value: little beside what they would keep.
     What `function` gets by `remembered` is kept either way.
 
     The second pass works on copies of the buffers of `buffers_of`, so that batch norm's running statistics move once a step and not twice.
@@ -112,7 +112,7 @@ def _recalled_by(recall: Callable[[Callable[[], Tensor]], Tensor]) -> Iterator[N
 def _worth_keeping(_context: object, operator: torch._ops.OpOverload, *inputs: object, **_: object) -> CheckpointPolicy:
     if operator.name() in CONVOLUTIONS:
         weight = inputs[1]
-        if weight[0].numel() >= CHEAP:  # type: ignore[index]
+        if weight[0].numel() > CHEAP:  # type: ignore[index]
             return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -120,5 +120,5 @@ def plot_steps(rows: Mapping[str, Sequence[dict]], processor: str, path: Path) -
         axes.invert_yaxis()
         axes.set(xlabel="images/s", title=model, xlim=(0, 1.6 * max((row["q3_images_per_s"] for row in found), default=1)))
         axes.grid(alpha=0.3, axis="x")
-    figure.suptitle(f"training steps on {processor}: medians and quartiles")
+    figure.suptitle(f"training steps on {processor}: medians and quartiles\nmfu: share of the matrix product's GFLOP/s")
     figure.savefig(path, dpi=DPI)

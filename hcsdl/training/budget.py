@@ -27,9 +27,9 @@ def predict_s(step_s: float, steps: int, evaluations: int, evaluated_fields: int
     return steps * step_s + evaluations * evaluation_s
 
 
-def loader_gib(mini_batches: int, shape: Sequence[int]) -> float:
-    """Return what `mini_batches` float32 mini-batches of `shape` (N, C, H, W) take, in GiB."""
-    return mini_batches * math.prod(shape) * 4 / 2**30
+def images_gib(shape: Sequence[int], bytes_of_value: int) -> float:
+    """Return what images of `shape` (N, C, H, W) take, in GiB."""
+    return math.prod(shape) * bytes_of_value / 2**30
 
 
 def optimizer_gib(num_parameters: int, slots: int) -> float:

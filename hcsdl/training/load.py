@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from hcsdl.config import ModelConfig
+from hcsdl.config import ConfigError, ModelConfig
 from hcsdl.data.preprocessing import Preprocessing
 from hcsdl.data.reading import read_field
 from hcsdl.models import build_model
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 class LoadedRun:
     """A trained network in evaluation mode, fp32, with its preprocessing, class and channel names, and the checkpoint it came from."""
 
-    model: torch.nn.Module
-    preprocessing: Preprocessing
+    model: torch.nn.Module = field(repr=False)
+    preprocessing: Preprocessing = field(repr=False)
     classes: list[str]
     channels: list[str]
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint = field(repr=False)
 
     def prepare(self, paths: Sequence[str | Path], plate: str) -> torch.Tensor:
         """Return one field, read from a TIFF file per channel (in `channels` order), as the network sees it: float32 (1, C, H, W).
@@ -55,6 +55,10 @@ def load_run(path: str | Path, checkpoint: str = "last") -> LoadedRun:
 
     `last` is the default because the best epoch was chosen by the held-out fields themselves. Raises DataError, ConfigError.
     """
+    if checkpoint not in ("last", "best"):
+        raise ConfigError(f"load_run's second argument must be 'last' or 'best'. Got {checkpoint!r} instead.")
+    if not Path(path).exists():
+        raise ConfigError(f"load_run needs the path of a run folder or checkpoint. There is nothing at {path}.")
     found = find_checkpoint(path, checkpoint)
     model = build_model(ModelConfig(**found.model_config), len(found.channels), len(found.classes), tuple(found.image_size))
     load_model_state(model, found)

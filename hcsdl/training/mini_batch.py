@@ -100,7 +100,8 @@ def settle(
         return fields, fullest(needs, fields)[0]
     fitting, refused = largest_fitting(needs, share, memory_share), asked or 1
     needed, allowed = fullest(needs, refused)
-    less = "take fewer ranks a node or model.checkpoint_activations=full" if whose == "node" else "take model.checkpoint_activations=full"
+    less = f"take {'fewer ranks a node or ' * (whose == 'node')}model.checkpoint_activations=full"
+    less += ", or a larger training.memory_share" * (asked is None and memory_share < 1)
     remedy = f"training.mini_batch_size={fitting} would fit" if fitting else less
     raise ConfigError(
         f"a mini-batch must fit into its {whose}'s memory. With {refused} field{'s' * (refused > 1)} a rank the {whose} would hold about "

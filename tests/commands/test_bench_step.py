@@ -148,5 +148,5 @@ def test_memory_of_an_image_and_what_fits() -> None:
     row = memory_row((2, 6), (3.0, 5.0))
     assert (row["gib_per_image"], row["base_gib"]) == (0.5, 2.0)
     assert row["largest_mini_batch"] == {"64": 98, "192": 303, "512": 815}  # (0.8 × GiB − 2) ÷ 0.5, rounded down
-    assert "0.500 GiB an image beyond 2.00" in format_memory({"bf16": row})
+    assert "memory 2.00 GiB + 0.500 an image" in format_memory({"bf16": row})
     assert memory_row((2, 6), (3.0, 3.0))["largest_mini_batch"]["64"] is None

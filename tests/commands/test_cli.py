@@ -25,6 +25,13 @@ def test_help_lists_every_command_with_a_line(capsys: pytest.CaptureFixture) -> 
         assert f"{name:14s} {schema.__doc__.splitlines()[0]}" in out
 
 
+@pytest.mark.parametrize("words", [["bench"], ["bench", "--help"]])
+def test_help_of_bench_lists_its_commands(words: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "  bench step  " in out and "  bench data  " in out and "  train  " not in out
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_prints_every_field(name: str, capsys: pytest.CaptureFixture) -> None:
     assert main([name, "--help"]) == 0
@@ -33,6 +40,7 @@ def test_help_of_a_command_prints_every_field(name: str, capsys: pytest.CaptureF
     for key in leaves:
         assert f"  {key}: " in out
     assert "training.epochs: float = 20 epochs" in out or name != "train"
+    assert "bench.core_speed: list[float] = [0.5,1]\n" in out or name != "bench scale"  # as conf/ has it, not the dataclass
 
 
 @pytest.mark.parametrize("schema", COMMANDS.values())
@@ -64,7 +72,7 @@ def test_every_field_is_documented(schema: type) -> None:
         (["train", "training.epochs=null"], "training.epochs"),
         (["train", "training.optimizer=adam"], "training.optimizer must be one of sgd, adamw, lars. Got 'adam' instead."),
         (["train", "data.crop_px=[4,64]"], "data.crop_px must be at least 8. Got 4 instead."),
-        (["train", "data.crop_px=64"], "data.crop_px"),
+        (["train", "data.crop_px=64"], "data.crop_px must be a list, written [a,b]. Got one int instead."),
         (["train", "model=resnet99"], "model must be one of mcnn, resnet18, resnet34, resnet50. Got 'resnet99' instead."),
         (["train", "experiment=none"], "experiment must be one of"),
         (["train", "training=null"], "must be a string"),

@@ -47,7 +47,17 @@ class Screen:
         )
 
     def train(
-        self, *, size: int = 4, seed: int = 0, rank: int = 0, world: int = 1, mini: int | None = None, steps=(0, 5), sender=None, **settings
+        self,
+        *,
+        size: int = 4,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        mini: int | None = None,
+        steps=(0, 5),
+        sender=None,
+        dtype=torch.float32,
+        **settings,
     ) -> TrainLoader:
         return TrainLoader(
             self.index,
@@ -62,11 +72,12 @@ class Screen:
             first_step=steps[0],
             last_step=steps[1],
             sender=sender,
+            dtype=dtype,
         )
 
-    def evaluate(self, mini: int = 5, rows=None, sender=None, **settings) -> EvalLoader:
+    def evaluate(self, mini: int = 5, rows=None, sender=None, dtype=torch.float32, **settings) -> EvalLoader:
         rows = np.arange(len(self.index.table)) if rows is None else rows
-        return EvalLoader(self.index, rows, self.labels, self.preprocessing, DataConfig(**settings), mini, sender)
+        return EvalLoader(self.index, rows, self.labels, self.preprocessing, DataConfig(**settings), mini, sender, dtype)
 
     def harm(self, row: int) -> str:
         """Make a field unreadable and return its name."""
@@ -163,6 +174,18 @@ def test_any_channels_in_channels_last_layout(tmp_path, channels, dtype):
         assert batch.images.stride() == (16 * 20 * c, 1, 20 * c, c)
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
         assert batch.labels.dtype == batch.rows.dtype == torch.int64
+
+
+def test_images_in_bf16_are_those_in_float32_rounded(screen):
+    """As the network's first convolution would round them, in training and in evaluation, and where a field is left out."""
+    for make in (screen.train, screen.evaluate):
+        whole, rounded = (list(make(dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
+        pairs = zip(whole, rounded, strict=True) if make == screen.evaluate else zip(sum(whole, []), sum(rounded, []), strict=True)
+        for one, other in pairs:
+            assert torch.equal(other.images, one.images.to(torch.bfloat16)) and other.images.is_contiguous(
+                memory_format=torch.channels_last
+            )
+            assert torch.equal(other.rows, one.rows)
 
 
 def test_crop_and_downsample_reach_the_network(screen):

@@ -93,6 +93,8 @@ def test_apply_is_what_it_promises_in_every_orientation(channels, dtype, shading
         assert found.shape == expected.shape == made.output_shape(image.shape)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max(), rtol=0)
+        bits = made.apply(image, "p", case, out=np.empty(found.shape, np.uint16))
+        np.testing.assert_array_equal(bits, torch.from_numpy(found).to(torch.bfloat16).view(torch.uint16).numpy())
 
 
 def test_extremes_of_sixteen_bit_survive_unscaled():

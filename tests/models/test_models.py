@@ -164,7 +164,7 @@ def test_recomputed_activations_change_nothing(name, head, bf16, how):
 def test_recomputing_keeps_fewer_tensors():
     """The switch does what it is for: less is kept between the passes, and as much of it as is said."""
     kept = {how: kept_bytes("resnet50", how) for how in ("none", "selective", "full")}
-    assert kept["full"] < kept["selective"] < 0.35 * kept["none"], "the stem holds 0.09 of it"
+    assert kept["full"] < kept["selective"] < 0.42 * kept["none"]
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,9 @@ def test_a_sweep_stops_at_a_signal(tiny_plates: Path, tmp_path: Path) -> None:
 def test_load_run_gives_network_and_preprocessing(tiny_plates: Path, tmp_path: Path) -> None:
     train_on(2, tiny_plates, tmp_path / "run", "kernels=reference", "training.epochs=1")
     run = hcsdl.load_run(tmp_path / "run")
+    assert len(repr(run)) < 300  # a notebook's cell may end with it
+    with pytest.raises(hcsdl.config.ConfigError, match="There is nothing at"):
+        hcsdl.load_run(tmp_path / "none")
     assert run.channels == ["DAPI", "Tubulin", "Actin"] and run.classes == runs.summary(tmp_path / "run")["classes"]
     weights = safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(value, weights[name]) for name, value in run.model.state_dict().items())

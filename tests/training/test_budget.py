@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import pytest
 
-from hcsdl.training.budget import duration, evaluations_left, loader_gib, moment, objections, predict_s, prediction
+from hcsdl.training.budget import duration, evaluations_left, images_gib, moment, objections, predict_s, prediction
 
 NOW = datetime(2026, 11, 24, 11, 55)  # a Tuesday
 
@@ -65,5 +65,5 @@ def test_ranks_that_do_not_fit_say_what_would_help() -> None:
     assert "They will hold about 410 GiB and may hold 384" in said and "training.mini_batch_size" in said
 
 
-def test_mini_batches_kept_ready() -> None:
-    assert loader_gib(5, (2, 3, 1024, 1280)) == 5 * 2 * 3 * 1024 * 1280 * 4 / 2**30
+def test_images_kept_ready() -> None:
+    assert images_gib((5, 3, 1024, 1280), 2) == 5 * 3 * 1024 * 1280 * 2 / 2**30

@@ -14,6 +14,8 @@ typedef int32_t i16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t u16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t h16 __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint8_t b16 __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint16_t h32 __attribute__((vector_size(64), aligned(2), may_alias));
+typedef uint8_t b32 __attribute__((vector_size(32), aligned(1), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -133,6 +135,51 @@ INLINE void backward_row(const Shape *s, const void *gradient, const void *place
     }
 }
 
+/* 32 bf16 gradients of windows whose maximum stands at `place`, the others 0. */
+INLINE h32 taken(const uint16_t *gradient, const uint8_t *places, int64_t window, int place)
+{
+    return (h32)(__builtin_convertvector(*(const b32 *)(places + window), h32) == (uint16_t)place) & *(const h32 *)(gradient + window);
+}
+
+INLINE u16 rounded(v16 value)
+{
+    u16 bits = (u16)value, nan = (u16)(value != value);
+    return ((bits + 0x7fff + ((bits >> 16) & 1)) & ~nan) | (nan & 0x7fc00000);
+}
+
+/* The sum of 32 bf16 values each, in fp32: those at even places and those at odd ones, which stand in the two halves of 32 bits. */
+INLINE h32 summed(const h32 *parts, int count)
+{
+    v16 even = {0}, odd = {0};
+    for (int n = 0; n < count; n++) even += (v16)((u16)parts[n] << 16), odd += (v16)((u16)parts[n] & 0xffff0000);
+    return (h32)((rounded(even) >> 16) | (rounded(odd) & 0xffff0000));
+}
+
+/* A row of bf16 gradients of ResNet's windows, 3 x 3 by 2 with a padding of 1, of a multiple of 32 channels: an even row lies in one row of windows, an odd
+ * one in two, and so do columns. `two`: there is a second row. */
+INLINE void backward_row_of_three(
+    const Shape *s, const uint16_t *gradient, const uint8_t *places, uint16_t *out, int64_t from, int64_t to, int first_place, int two)
+{
+    int64_t line = s->out_width * s->channels;
+    for (int64_t ox = 0; ox < s->out_width; ox++) {
+        int right = 2 * ox + 1 < s->width, next = ox + 1 < s->out_width;
+        for (int64_t c = 0; c < s->channels; c += 32) {
+            int64_t window = from + ox * s->channels + c;
+            uint16_t *at = out + to + 2 * ox * s->channels + c;
+            h32 parts[4] = {taken(gradient, places, window, first_place + 1)};
+            if (two) parts[1] = taken(gradient, places, window + line, 1);
+            *(h32 *)at = two ? summed(parts, 2) : parts[0];
+            if (!right) continue;
+            int count = 0;
+            parts[count++] = taken(gradient, places, window, first_place + 2);
+            if (next) parts[count++] = taken(gradient, places, window + s->channels, first_place);
+            if (two) parts[count++] = taken(gradient, places, window + line, 2);
+            if (two && next) parts[count++] = taken(gradient, places, window + line + s->channels, 0);
+            *(h32 *)(at + s->channels) = summed(parts, count);
+        }
+    }
+}
+
 /* A row by the code made for its types, and for ResNet's windows of 3 x 3 by 2 made with these as constants. */
 #define BY_TYPE(row_of, s, first, second, third)                       \
     do {                                                               \
@@ -164,7 +211,12 @@ void max_pool_backward(
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < images * height; row++) {
         Shape three = {height, width, channels, 3, 2, padding, out_height, out_width};
-        if (kernel == 3 && stride == 2) BY_TYPE(backward_row, &three, gradient, places, out);
+        if (kernel == 3 && stride == 2 && padding == 1 && bf16 && !wide && channels % 32 == 0) {
+            int64_t y = row % height, from = (row / height * out_height + y / 2) * out_width * channels, to = row * width * channels;
+            if (y % 2 == 0) backward_row_of_three(&three, gradient, places, out, from, to, 3, 0);
+            else if (y / 2 + 1 < out_height) backward_row_of_three(&three, gradient, places, out, from, to, 6, 1);
+            else backward_row_of_three(&three, gradient, places, out, from, to, 6, 0);
+        } else if (kernel == 3 && stride == 2) BY_TYPE(backward_row, &three, gradient, places, out);
         else BY_TYPE(backward_row, &any, gradient, places, out);
     }
 }

@@ -12,7 +12,8 @@
 #include <stdint.h>
 
 enum { LANES = 16, WIDE = 2 * LANES, TALL = 8 };
-enum { CHUNK = 1 << 22 }; /* bytes of both copies: they stay in the caches (measured) */
+enum { CHUNK = 1 << 23 }; /* bytes of both copies: they stay in the caches (measured) */
+enum { AHEAD_X = 8, AHEAD_DY = 64 }; /* columns that are fetched ahead of the products (measured) */
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -120,19 +121,24 @@ typedef struct {
     int64_t image_x, row_x, step, image_dy; /* distances in pairs */
 } Panels;
 
-/* Eight channels of dy by `vectors` times 16 values of x. */
+/* Eight channels of dy by `vectors` times 16 values of x, added to dw but for the first chunk. */
 static inline __attribute__((always_inline)) void product(const Panels *p, float *dw, int64_t distance, int64_t tall, int64_t wide, int first, int vectors)
 {
     __m512 sums[TALL][2];
     __mmask16 masks[2] = {(__mmask16)first_of(wide < LANES ? wide : LANES), (__mmask16)first_of(wide - LANES < LANES ? wide - LANES : LANES)};
     for (int j = 0; j < TALL; j++)
-        for (int v = 0; v < vectors; v++)
-            sums[j][v] = first || j >= tall ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(masks[v], dw + j * distance + v * LANES);
+        for (int v = 0; v < vectors; v++) {
+            sums[j][v] = _mm512_setzero_ps();
+            if (!first && j < tall) _mm_prefetch(dw + j * distance + v * LANES, _MM_HINT_T0);
+        }
     for (int64_t image = 0; image < p->images; image++)
         for (int64_t row = 0; row < p->rows; row++) {
             const uint32_t *x = p->x + image * p->image_x + row * p->row_x, *dy = p->dy + image * p->image_dy + row * p->columns * TALL;
+#pragma GCC unroll 2
             for (int64_t column = 0; column < p->columns; column++, x += p->step, dy += TALL) {
                 __m512bh values[2];
+                for (int v = 0; v < vectors; v++) _mm_prefetch(x + AHEAD_X * WIDE + v * LANES, _MM_HINT_T0);
+                _mm_prefetch(dy + AHEAD_DY * TALL, _MM_HINT_T0);
                 for (int v = 0; v < vectors; v++) values[v] = (__m512bh)_mm512_load_si512(x + v * LANES);
 #pragma GCC unroll 8
                 for (int j = 0; j < TALL; j++) {
@@ -142,7 +148,10 @@ static inline __attribute__((always_inline)) void product(const Panels *p, float
             }
         }
     for (int j = 0; j < TALL && j < tall; j++)
-        for (int v = 0; v < vectors; v++) _mm512_mask_storeu_ps(dw + j * distance + v * LANES, masks[v], sums[j][v]);
+        for (int v = 0; v < vectors; v++) {
+            float *to = dw + j * distance + v * LANES;
+            _mm512_mask_storeu_ps(to, masks[v], first ? sums[j][v] : _mm512_add_ps(sums[j][v], _mm512_maskz_loadu_ps(masks[v], to)));
+        }
 }
 
 static Convolution convolution(const int64_t *shape)
