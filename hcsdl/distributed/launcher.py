@@ -22,6 +22,7 @@ from hcsdl.config import ExitCode
 from hcsdl.distributed.identity import OWN_LAUNCHER
 from hcsdl.distributed.rendezvous import free_port
 from hcsdl.machine.binding import place_environment, placed
+from hcsdl.machine.cgroup import out_of_memory_kills
 from hcsdl.machine.placement import Place
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def watch_ranks(children: Sequence[subprocess.Popen], silence_s: float = 30.0) -
     """
     failed: dict[int, int] = {}
     stuck: set[int] = set()
-    deadline = math.inf
+    deadline, kills = math.inf, out_of_memory_kills()
     while True:
         for rank, child in enumerate(children):
             code = child.poll()
@@ -131,11 +132,14 @@ def watch_ranks(children: Sequence[subprocess.Popen], silence_s: float = 30.0) -
                     child.kill()
                     log.warning("hcsdl: rank %d did not end and was killed.", rank)
         time.sleep(0.05)
-    return verdict(failed, stuck)
+    return verdict(failed, stuck, out_of_memory_kills() > kills)
 
 
-def verdict(failed: dict[int, int], stuck: Collection[int] = ()) -> tuple[int, str]:
-    """Return exit code and sentence for the ranks that ended badly, {rank: return code}, and those that did not end and were killed."""
+def verdict(failed: dict[int, int], stuck: Collection[int] = (), out_of_memory: bool = False) -> tuple[int, str]:
+    """Return exit code and sentence for the ranks that ended badly, {rank: return code}, and those that did not end and were killed.
+
+    `out_of_memory` tells whether the kernel has ended one of our processes meanwhile for want of memory.
+    """
     if not failed:
         return ExitCode.DONE, ""
     own = {rank: code for rank, code in failed.items() if code in set(ExitCode) and code != ExitCode.LOST_RANK}
@@ -152,10 +156,10 @@ def verdict(failed: dict[int, int], stuck: Collection[int] = ()) -> tuple[int, s
         how = f"rank {min(stuck)} did not answer"
     else:
         return ExitCode.LOST_RANK, ""
-    return (
-        ExitCode.LOST_RANK,
-        f"{how} on {socket.gethostname()}; the other ranks were stopped. What was saved is intact: start the same command again to go on.",
-    )
+    where, again = socket.gethostname(), "start the same command again to go on."
+    if out_of_memory and -signal.SIGKILL in lost.values():
+        where, again = f"{where}, where memory had run out", f"give the job more memory or take fewer ranks, then {again}"
+    return ExitCode.LOST_RANK, f"{how} on {where}; the other ranks were stopped. What was saved is intact: {again}"
 
 
 class Stop(Exception):

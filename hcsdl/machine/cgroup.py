@@ -1,4 +1,4 @@
-"""What the control groups this process is in leave it: CPU quota and memory limit.
+"""What the control groups this process is in leave it, CPU quota and memory limit, and whom the kernel ended for want of memory.
 
 In: /proc/self/cgroup and mountinfo under a root folder (the real one, or a test's). Out: plain numbers, infinity where nothing is limited.
 Version 2, version 1 and both at once are read; a limit counts wherever on the way from the process's own group up to the mount it stands.
@@ -21,6 +21,16 @@ def cpu_quota(root: Path = Path("/")) -> float:
 def memory_limit(root: Path = Path("/")) -> float:
     """Return the smallest memory limit of this process's control groups, in bytes; infinity without one."""
     return min((_limit(version, folder) for version, folder in _folders(root, "memory")), default=math.inf)
+
+
+def out_of_memory_kills(root: Path = Path("/")) -> int:
+    """Return how many processes of this process's own control group the kernel has ended for want of memory; 0 where that is not told."""
+    for version, folder in _folders(root, "memory"):
+        for line in _text(folder / ("memory.events" if version == 2 else "memory.oom_control")).splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
+    return 0
 
 
 def _quota(version: int, folder: Path) -> float:

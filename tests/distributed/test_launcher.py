@@ -35,6 +35,11 @@ def test_verdict(failed: dict, code: int, said: str) -> None:
     assert found[0] == code and said in found[1] and bool(found[1]) == bool(said)
 
 
+def test_a_rank_killed_for_want_of_memory_is_told_so() -> None:
+    assert "where memory had run out" in verdict({0: 5, 1: -9}, out_of_memory=True)[1]
+    assert "memory" not in verdict({0: 5, 1: -11}, out_of_memory=True)[1] + verdict({0: 5, 1: -9})[1]
+
+
 def test_a_failing_rank_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hcsdl.distributed.launcher.GRACE_S", 0.2)
     script = "import os, sys, time; print(os.environ['OMP_NUM_THREADS'], flush=True); sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(100)"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hcsdl.machine.cgroup import out_of_memory_kills
 from hcsdl.machine.topology import Core, format_list, parse_list, read_machine
 from tests.machine import trees
 
@@ -99,3 +100,20 @@ def test_this_machine_follows_the_affinity_mask() -> None:
     finally:
         os.sched_setaffinity(0, allowed)
     assert {cpu for core in read_machine().cores for cpu in core.cpus} == allowed
+
+
+def test_kills_for_want_of_memory_are_those_of_the_own_group(tmp_path: Path) -> None:
+    newer = {
+        "proc/self/cgroup": "0::/slice/job",
+        "proc/self/mountinfo": trees.V2,
+        "sys/fs/cgroup/slice/memory.events": "oom_kill 7",
+        "sys/fs/cgroup/slice/job/memory.events": "low 0\noom 3\noom_kill 2\noom_group_kill 0",
+    }
+    older = {
+        "proc/self/cgroup": "5:memory:/job",
+        "proc/self/mountinfo": trees.V1.format(inside="/"),
+        "sys/fs/cgroup/memory/job/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 4",
+    }
+    assert out_of_memory_kills(trees.write(tmp_path / "2", newer)) == 2
+    assert out_of_memory_kills(trees.write(tmp_path / "1", older)) == 4
+    assert out_of_memory_kills(tmp_path / "none") == 0
