@@ -21,7 +21,7 @@ import tifffile
 
 from hcsdl.commands.bench_ranks import RESULT, head, open_folder
 from hcsdl.config import BenchDataCommand, BenchDataConfig, ExitCode, ScreenConfig, SimulateConfig
-from hcsdl.machine.cores import processor, usable_cores
+from hcsdl.machine.cores import bf16_flags, processor, usable_cores
 from hcsdl.plates.index import Index, read_index
 from hcsdl.training.run_folder import write_json
 
@@ -65,10 +65,17 @@ def run(config: BenchDataCommand) -> int:
         megabytes = {name: source.field_mb for name, source in sources.items()}
     cores = min(max(1, config.data.workers), usable_cores())
     rows = [row_of(name, found, cores, megabytes[name], bench.image_size) for name, found in turns.items()]
-    write_json(folder / RESULT, head(COMMAND, config, 1, 1) | {"loader_threads": config.data.workers, "rows": rows})
+    write_json(
+        folder / RESULT, head(COMMAND, config, 1, 1) | {"loader_threads": config.data.workers, "image_dtype": image_dtype(), "rows": rows}
+    )
     print(format_rows(rows, bench.image_size, config.data.workers))
     print(f"saved in {folder}", flush=True)
     return ExitCode.DONE
+
+
+def image_dtype() -> str:
+    """Return the type training has images in on this processor, torch's name of it."""
+    return "bfloat16" if bf16_flags() else "float32"
 
 
 def draw(bench: BenchDataConfig, work: Path, seed: int) -> dict[str, Path]:
@@ -104,10 +111,10 @@ class Source:
     def turn(self) -> Turn:
         """Load for `bench.seconds`, one mini-batch at least."""
         import numpy as np
+        import torch
 
         from hcsdl.data.loading import TrainLoader
         from hcsdl.data.sampling import Sampler
-        from hcsdl.kernels import choose_kernels
 
         config, table = self.config, self.index.table
         size, labels = config.bench.mini_batch_size, np.zeros(len(table), np.int64)
@@ -118,7 +125,7 @@ class Source:
         )  # fmt: skip
         loader = TrainLoader(
             self.index, labels, self.preprocessing, sampler, dataclasses.replace(config.data, sampling="all"), seed=config.seed, rank=0, world_size=1,
-            mini_batch_size=min(size, len(table)), first_step=0, last_step=10**9, dtype=choose_kernels("native").image_dtype,
+            mini_batch_size=min(size, len(table)), first_step=0, last_step=10**9, dtype=getattr(torch, image_dtype()),
         )  # fmt: skip
         steps = iter(loader)
         try:
@@ -156,7 +163,7 @@ def row_of(name: str, turns: list[Turn], cores: int, megabytes: float, image_siz
 def format_rows(rows: list[dict], image_size: list[int], threads: int) -> str:
     """Return the table: a line per compression."""
     lines = [
-        f"loader alone on {processor()}, {threads} thread{'s' * (threads != 1)}, fields of {image_size[0]} × {image_size[1]}, page cache, to fp32 channels_last",
+        f"loader alone on {processor()}, {threads} thread{'s' * (threads != 1)}, fields of {image_size[0]} × {image_size[1]}, page cache, to {image_dtype()} channels_last",
         f"{'compression':<12s}{'MB a field':>11s}{'fields/s/core':>14s}  {'(quartiles)':<18s}{'a CPU second':>13s}{'target':>8s}"
         "    target: this project's own, fields/s/core at 1024 × 1280",
     ]
