@@ -1,7 +1,8 @@
 """Where large tensors live: in huge pages that are kept when freed and never fall to pieces (`native/tensor_memory.cpp`).
 
-In: nothing. Out: torch takes CPU tensors of 4 MiB or more from there. Promised: their numbers are the same; no more is held than was needed at the same
-time, to 2 MiB a tensor; where it cannot be had (no C++ compiler, no headers of torch, a limit on addresses), everything stays as it was and the reason is told.
+In: nothing. Out: torch takes CPU tensors of 4 MiB or more from there (of 8 where the machine has more than 64 GiB, and so on). Promised: their numbers are
+the same; no more is held than was needed at the same time, to 2 MiB a tensor for each 64 GiB of the machine; where it cannot be had (no C++ compiler, no
+headers of torch, a limit on addresses), everything stays as it was and the reason is told.
 """
 
 from __future__ import annotations

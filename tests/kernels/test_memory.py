@@ -88,6 +88,24 @@ print(resident() - start, most / MIB)
     assert held < 1.4 * most + 100, "units of 2 MiB, and three tensors of comparisons"
 
 
+def test_ranges_of_addresses_do_not_become_more_and_more() -> None:
+    """The kernel allows a process 65,530 of them, and memory that moves on and on must not make new ones."""
+    run("""
+torch.set_num_threads(1)
+assert keep_tensors_in_huge_pages() == ""
+chance, held, seen = random.Random(0), [], []
+for number in range(4000):
+    if len(held) > 10 or held and chance.random() < 0.5:
+        held.pop(chance.randrange(len(held)))
+    else:
+        held.append(torch.empty(chance.choice((4, 6, 10, 14, 22)) * MIB, dtype=torch.uint8))
+        held[-1][:: 2 * MIB] = 1
+    if number % 1000 == 999:
+        seen.append(len(open("/proc/self/maps").readlines()))
+assert seen[-1] < seen[0] + 150, seen
+""")
+
+
 def test_where_addresses_are_limited_everything_stays_as_it_was() -> None:
     out = run("""
 import resource
