@@ -16,14 +16,18 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tifffile
 
 from hcsdl.commands.bench_ranks import RESULT, head, open_folder
 from hcsdl.config import BenchDataCommand, BenchDataConfig, ExitCode, ScreenConfig, SimulateConfig
-from hcsdl.machine.cores import bf16_flags, processor, usable_cores
+from hcsdl.machine.cores import processor, usable_cores
 from hcsdl.plates.index import Index, read_index
 from hcsdl.training.run_folder import write_json
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -66,16 +70,19 @@ def run(config: BenchDataCommand) -> int:
     cores = min(max(1, config.data.workers), usable_cores())
     rows = [row_of(name, found, cores, megabytes[name], bench.image_size) for name, found in turns.items()]
     write_json(
-        folder / RESULT, head(COMMAND, config, 1, 1) | {"loader_threads": config.data.workers, "image_dtype": image_dtype(), "rows": rows}
+        folder / RESULT,
+        head(COMMAND, config, 1, 1) | {"loader_threads": config.data.workers, "image_dtype": str(image_dtype()), "rows": rows},
     )
     print(format_rows(rows, bench.image_size, config.data.workers))
     print(f"saved in {folder}", flush=True)
     return ExitCode.DONE
 
 
-def image_dtype() -> str:
-    """Return the type training has images in on this processor, torch's name of it."""
-    return "bfloat16" if bf16_flags() else "float32"
+def image_dtype() -> torch.dtype:
+    """Return the type training has images in on this processor."""
+    from hcsdl.kernels import choose_kernels
+
+    return choose_kernels("native").image_dtype
 
 
 def draw(bench: BenchDataConfig, work: Path, seed: int) -> dict[str, Path]:
@@ -111,7 +118,6 @@ class Source:
     def turn(self) -> Turn:
         """Load for `bench.seconds`, one mini-batch at least."""
         import numpy as np
-        import torch
 
         from hcsdl.data.loading import TrainLoader
         from hcsdl.data.sampling import Sampler
@@ -125,7 +131,7 @@ class Source:
         )  # fmt: skip
         loader = TrainLoader(
             self.index, labels, self.preprocessing, sampler, dataclasses.replace(config.data, sampling="all"), seed=config.seed, rank=0, world_size=1,
-            mini_batch_size=min(size, len(table)), first_step=0, last_step=10**9, dtype=getattr(torch, image_dtype()),
+            mini_batch_size=min(size, len(table)), first_step=0, last_step=10**9, dtype=image_dtype(),
         )  # fmt: skip
         steps = iter(loader)
         try:

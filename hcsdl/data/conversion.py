@@ -113,7 +113,7 @@ def _store(block: np.ndarray, out: np.ndarray) -> None:
     if out.dtype == np.float32:
         out[...] = block
         return
-    rows = max(1, BLOCK_PX // block.shape[1] - 1)
+    rows = max(1, (BLOCK_PX - 1) // block.shape[1])
     for first in range(0, len(block), rows):
         part = torch.from_numpy(block[first : first + rows]).to(torch.bfloat16)
         out[first : first + rows] = part.view(torch.int16).numpy().view(np.uint16)
